@@ -1,0 +1,1 @@
+"""featcache: transfer learning that pays for the backbone once."""

@@ -1,0 +1,1 @@
+"""The verbs: one module a subcommand, its whole story, callable from Python."""
