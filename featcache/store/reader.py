@@ -1,0 +1,182 @@
+"""Reading a store: checked once at the door, then features are a memory map and cost nothing."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featcache.errors import DamagedStore, IncompleteStore, StoreError
+from featcache.records import SPLITS, RowStatus
+from featcache.spec import FeatureNode, FeatureSpec
+from featcache.store.blocks import BlockCheck
+from featcache.store.features import FeatureSet
+from featcache.store.layout import NO_SPLIT, RowTable, StoreLayout, read_layout
+
+if TYPE_CHECKING:
+    import torch.utils.data
+
+
+class FeatureStore:
+    """A feature store opened for reading; no lock is held and no row is copied.
+
+    A writer that grows the store puts a new file under its name: an open `FeatureStore` keeps the old one.
+    """
+
+    def __init__(self, layout: StoreLayout) -> None:
+        self.layout = layout
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, check: bool = True) -> Self:
+        """Open a store and, with `check`, compare every block with its checksums.
+
+        NotAStore, DamagedStore: the file is something else, or its bytes are not those that were written.
+        """
+        store = cls(read_layout(Path(path)))
+        if check:
+            store.check()
+        return store
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is held open: the maps go with the last array that uses them."""
+
+    @property
+    def path(self) -> Path:
+        return self.layout.path
+
+    @property
+    def spec(self) -> FeatureSpec:
+        return self.layout.spec
+
+    @property
+    def fingerprint(self) -> str:
+        return self.layout.fingerprint
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        return self.layout.provenance
+
+    @property
+    def table(self) -> RowTable:
+        return self.layout.table
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.table.classes
+
+    def __len__(self) -> int:
+        return self.layout.n_rows
+
+    @cached_property
+    def done(self) -> NDArray[np.bool_]:
+        """bool ndarray (n_rows,): the rows of blocks that were declared done."""
+        blocks = BlockCheck(self.layout)
+        done = np.zeros(len(self), dtype=bool)
+        for block in range(self.layout.n_blocks):
+            done[self.layout.rows_of(block)] = blocks.is_declared(block)
+        return done
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.done.all())
+
+    @cached_property
+    def row_status(self) -> NDArray[np.uint8]:
+        """uint8 ndarray (n_rows,) of RowStatus; PENDING where the block is not done."""
+        return np.where(self.done, self.layout.map(self.layout.row_status), RowStatus.PENDING).astype(
+            np.uint8
+        )
+
+    @cached_property
+    def sources(self) -> NDArray[Any]:
+        """Structured ndarray (n_rows,): sha256, size, mtime_ns, ctime_ns of each image as it was embedded."""
+        return self.layout.map(self.layout.sources)
+
+    def status_counts(self) -> dict[RowStatus, int]:
+        return {RowStatus(code): n for code, n in sorted(Counter(self.row_status.tolist()).items())}
+
+    def failed_rows(self) -> list[tuple[str, RowStatus]]:
+        """(path, status) of every row that was tried and has no features."""
+        codes = self.row_status
+        rows = np.flatnonzero((codes != RowStatus.OK) & (codes != RowStatus.PENDING))
+        return [(self.table.ids[row], RowStatus(int(codes[row]))) for row in rows]
+
+    def check(self) -> None:
+        """Compare every block with its checksums; DamagedStore names the rows that disagree.
+
+        A block whose record is empty is pending, not damaged. The writer writes rows before their record,
+        so that a store in progress passes.
+        """
+        blocks = BlockCheck(self.layout)
+        damaged = [
+            block
+            for block in range(self.layout.n_blocks)
+            if not blocks.is_empty(block) and not blocks.is_done(block)
+        ]
+        if damaged:
+            rows = [self.layout.rows_of(block) for block in damaged]
+            ranges = ", ".join(f"{r.start}-{r.stop - 1}" for r in rows[:5]) + (", …" if len(rows) > 5 else "")
+            raise DamagedStore(
+                f"{self.path} is damaged: rows {ranges} do not match their checksums. "
+                "Run the same `featcache embed` again: it computes just these rows anew."
+            )
+
+    def node(self, key: str | None = None) -> FeatureNode:
+        """The node of this key; the first one for None. StoreError names the nodes there are."""
+        nodes = {node.key: node for node in self.spec.nodes}
+        if key is None:
+            return self.spec.nodes[0]
+        if key not in nodes:
+            raise StoreError(f"{self.path} has no node {key!r}; it holds {', '.join(nodes)}.")
+        return nodes[key]
+
+    def map(self, key: str | None = None) -> NDArray[Any]:
+        """All rows of a node as they lie in the file: (n_rows, num_features), NaN where a row failed."""
+        return self.layout.map(self.layout.features[self.node(key).key])
+
+    def features(self, node: str | None = None, *, partial: bool = False) -> FeatureSet:
+        """The usable rows of a node, with labels, ids and splits joined to them.
+
+        IncompleteStore when rows are still pending, unless `partial` asks for the complete blocks only.
+        """
+        chosen = self.node(node)
+        if not partial and not self.complete:
+            raise IncompleteStore(
+                f"{self.path} is not complete: {int((~self.done).sum())} of {len(self)} rows are pending. "
+                "Run the same `featcache embed` again: it goes on where it stopped."
+            )
+        usable = self.row_status == RowStatus.OK
+        everything = bool(usable.all())
+        X = self.map(chosen.key)
+        keep = slice(None) if everything else np.flatnonzero(usable)
+        ids = self.table.ids
+        return FeatureSet(
+            X=X if everything else X[keep],
+            y=self.table.labels[keep],
+            classes=self.classes,
+            ids=ids if everything else tuple(ids[row] for row in np.flatnonzero(usable)),
+            splits=_split_names(self.table.splits[keep]),
+            sha256=np.array(self.sources["sha256"][keep]),
+            node=chosen,
+            spec=self.spec,
+        )
+
+    def torch_dataset(self, node: str | None = None) -> torch.utils.data.Dataset[tuple[Any, int]]:
+        """A map-style torch `Dataset` of (features (num_features,), label) over the usable rows."""
+        from featcache.store.torch_dataset import FeatureDataset
+
+        return FeatureDataset(self.features(node))
+
+
+def _split_names(codes: NDArray[np.uint8]) -> NDArray[np.str_]:
+    names = np.array([*SPLITS, ""])
+    return names[np.where(codes == NO_SPLIT, len(SPLITS), codes)]
