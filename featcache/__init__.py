@@ -1,1 +1,81 @@
-"""featcache: transfer learning that pays for the backbone once."""
+"""featcache: transfer learning that pays for the backbone once.
+
+    import featcache
+
+    featcache.embed("photos/", "photos.h5", backbone="resnet18")
+    report = featcache.fit("photos.h5", "photos.model")
+    answers = featcache.predict("photos.model", ["new/1.jpg"])
+
+Names are imported when they are first used, so that `import featcache` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from featcache.backbones import Backbone, load_backbone, make_backbone
+    from featcache.commands.embed import EmbedResult, embed
+    from featcache.commands.fit import FitResult, fit
+    from featcache.commands.info import Info, info
+    from featcache.commands.predict import Prediction, PredictResult, predict
+    from featcache.errors import FeatcacheError
+    from featcache.model import Model
+    from featcache.spec import FeatureSpec, Preprocessing
+    from featcache.store.features import FeatureSet
+    from featcache.store.reader import FeatureStore
+
+_HOMES = {
+    "Backbone": "featcache.backbones",
+    "EmbedResult": "featcache.commands.embed",
+    "FeatcacheError": "featcache.errors",
+    "FeatureSet": "featcache.store.features",
+    "FeatureSpec": "featcache.spec",
+    "FeatureStore": "featcache.store.reader",
+    "FitResult": "featcache.commands.fit",
+    "Info": "featcache.commands.info",
+    "Model": "featcache.model",
+    "PredictResult": "featcache.commands.predict",
+    "Prediction": "featcache.commands.predict",
+    "Preprocessing": "featcache.spec",
+    "embed": "featcache.commands.embed",
+    "fit": "featcache.commands.fit",
+    "info": "featcache.commands.info",
+    "load_backbone": "featcache.backbones",
+    "make_backbone": "featcache.backbones",
+    "predict": "featcache.commands.predict",
+}
+
+__all__ = [
+    "Backbone",
+    "EmbedResult",
+    "FeatcacheError",
+    "FeatureSet",
+    "FeatureSpec",
+    "FeatureStore",
+    "FitResult",
+    "Info",
+    "Model",
+    "PredictResult",
+    "Prediction",
+    "Preprocessing",
+    "embed",
+    "fit",
+    "info",
+    "load_backbone",
+    "make_backbone",
+    "predict",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'featcache' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

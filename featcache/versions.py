@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 _RECORDED = ("featcache", "torch", "torchvision", "timm", "numpy", "pillow", "h5py", "scikit-learn")
 # A change of these may change what a backbone's name or seed stands for.
-_DECIDING = ("torch", "torchvision", "timm")
+_DECIDING = ("featcache", "torch", "torchvision", "timm")
 
 
 def installed() -> dict[str, str]:

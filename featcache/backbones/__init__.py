@@ -1,0 +1,114 @@
+"""Backbones: a name becomes a frozen network without its classifier, with its preprocessing and weights.
+
+Knows nothing of image files, stores or heads. This module is the registry and imports no torch; a family of
+backbones is one module with the functions of `Family`, registered below.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from featcache.backbones import bundled, torchvision, user
+from featcache.backbones.backbone import Backbone, BackboneInfo, WeightsIdentity, make_backbone
+from featcache.backbones.weights import RANDOM, file_sha256, require_file
+from featcache.errors import UnknownBackbone
+from featcache.versions import same_backbone_libraries
+
+__all__ = [
+    "FAMILIES",
+    "Backbone",
+    "BackboneInfo",
+    "Family",
+    "WeightsIdentity",
+    "list_backbones",
+    "load_backbone",
+    "locate_weights",
+    "make_backbone",
+    "prove_weights",
+]
+
+
+class Family(Protocol):
+    """What a module of this folder offers to be a family of backbones. Importing it imports no torch."""
+
+    @property
+    def TITLE(self) -> str: ...
+
+    def names(self) -> tuple[str, ...]:
+        """All names the family can list; may be slow."""
+
+    def owns(self, name: str) -> bool:
+        """Whether `load` knows this name."""
+
+    def load(self, name: str, *, weights: str | None, seed: int) -> Backbone: ...
+
+    def infos(self) -> tuple[BackboneInfo, ...]: ...
+
+    def locate(self, name: str, *, file_name: str | None) -> Path | None:
+        """The file of the pretrained weights where that is known without torch and the file exists."""
+
+
+# In the order in which they are asked for a name: torchvision last, as it may have to be imported to answer.
+FAMILIES: tuple[Family, ...] = (bundled, user, torchvision)
+
+
+def load_backbone(name: str, *, weights: str | None = None, seed: int = 0) -> Backbone:
+    """The frozen network of that name, without its classifier.
+
+    name: "resnet50", "resnet50@IMAGENET1K_V1" for other than the default weights, "efficientnet_lite0", or
+        "module:function" for one of your own.
+    weights: None for pretrained ones, "random" for ones drawn with `seed`, or the path of a .safetensors,
+        .pth or .pt file. A file is prepared for as the name's tag says; without a tag, as the published
+        weights with the same bytes are, or else as the default ones.
+    Raises `UnknownBackbone`, `WeightsUnavailable` or `BackboneError`.
+    """
+    for family in FAMILIES:
+        if family.owns(name):
+            return family.load(name, weights=weights, seed=seed)
+    known = [known for family in FAMILIES for known in family.names()]
+    nearest = difflib.get_close_matches(name.partition("@")[0], known, n=3)
+    meant = f"did you mean {', '.join(nearest)}? " if nearest else ""
+    raise UnknownBackbone(f"there is no backbone {name!r}; {meant}`featcache backbones` lists all of them")
+
+
+def list_backbones() -> tuple[BackboneInfo, ...]:
+    """Every backbone there is a name for. Builds none of them."""
+    return tuple(info for family in FAMILIES for info in family.infos())
+
+
+def locate_weights(name: str, weights: str | None = None, *, file_name: str | None = None) -> Path | None:
+    """The weights file `load_backbone` would read, found without importing torch; None where that is unknown.
+
+    file_name: the name of the file read the last time; where pretrained weights of torchvision lie is known
+        only with it.
+    Raises `BackboneError` when `weights` names a file that does not exist.
+    """
+    if weights is not None:
+        return None if weights == RANDOM else require_file(weights)
+    located = (family.locate(name, file_name=file_name) for family in FAMILIES)
+    return next((path for path in located if path is not None), None)
+
+
+def prove_weights(provenance: Mapping[str, Any], request: Mapping[str, Any]) -> str:
+    """How the weights are known to be those of a store, in words; "" when only loading them can tell.
+
+    provenance: of the store, with its "request", "weights" (`WeightsIdentity` as a dict) and "versions".
+    request: what is asked for now, with "backbone" and "weights" as given to `load_backbone`.
+    Imports no torch: the request and the libraries must be the recorded ones, and the file's bytes unchanged.
+    """
+    weights = provenance.get("weights") or {}
+    same_libraries = same_backbone_libraries(provenance.get("versions") or {})
+    if provenance.get("request") != request or not same_libraries:
+        return ""
+    if weights.get("source") == RANDOM:
+        return f"random weights of {weights['label']} under the same library versions"
+    recorded = weights.get("path")
+    if not recorded:
+        return ""
+    path = locate_weights(request["backbone"], request["weights"], file_name=Path(recorded).name)
+    if path is None or file_sha256(path) != weights.get("file_sha256"):
+        return ""
+    return f"weights file {path.name} has the recorded sha256 {weights['file_sha256'][:12]}"

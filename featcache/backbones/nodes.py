@@ -1,0 +1,186 @@
+"""Nodes: which outputs of a backbone become feature vectors, and how maps and tokens are pooled to them.
+
+A node is written `name` or `name:pooling`. Knows nothing of where the backbone came from.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+from featcache.backbones.backbone import Backbone
+from featcache.errors import BackboneError, UnknownNode
+from featcache.spec import PENULTIMATE, FeatureNode, Pooling
+
+_POOLINGS: tuple[Pooling, ...] = tuple(p for p in get_args(Pooling) if p != "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    """A node as it was asked for: `pooling` is None where the user left it to us."""
+
+    name: str
+    pooling: Pooling | None
+
+
+class Extractor(nn.Module):
+    """The backbone's forward pass up to its nodes: images (B, 3, S, S) to {key: (B, D)} in float32."""
+
+    def __init__(self, graph: nn.Module, backbone: Backbone, nodes: tuple[FeatureNode, ...]) -> None:
+        super().__init__()
+        self.graph = graph
+        self.nodes: tuple[FeatureNode, ...] = nodes
+        self._pools = {node.key: (node.name, _pool(backbone, node)) for node in nodes}
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        outputs = self.graph(images)
+        return {key: pool(outputs[name].float()) for key, (name, pool) in self._pools.items()}
+
+
+class _Whole(nn.Module):
+    """The network's own output under the name `penultimate`, without tracing."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, images: Tensor) -> dict[str, Any]:
+        return {PENULTIMATE: self.module(images)}
+
+
+class _Traced(nn.Module):
+    """The traced part of a network; two names may stand for one node of its graph."""
+
+    def __init__(self, graph: nn.Module, nodes: dict[str, str]) -> None:
+        super().__init__()
+        self.graph = graph
+        self._nodes = nodes
+
+    def forward(self, images: Tensor) -> dict[str, Any]:
+        outputs = self.graph(images)
+        return {name: outputs[node] for name, node in self._nodes.items()}
+
+
+def make_extractor(backbone: Backbone, nodes: Sequence[str] = (PENULTIMATE,)) -> Extractor:
+    """The network that computes `nodes` in one forward pass; `.nodes` describes what it returns, in order.
+
+    nodes: "penultimate" is the input of the removed classifier; other names are torchvision's node names.
+        A pooling follows a colon: avg, max, or cls for the class token. Without one, feature maps are
+        averaged, tokens are pooled as the backbone says and vectors stay. A node asked for twice comes once.
+    Raises `UnknownNode` for a node that is not there or has no output to pool, `BackboneError` for a node
+    inside a network that cannot be traced.
+    """
+    if not nodes:
+        raise ValueError("nodes is empty: ask for at least one, such as 'penultimate'")
+    requests = [_parse(text) for text in nodes]
+    graph = _graph(backbone, {request.name for request in requests})
+    graph.eval()
+    outputs = _probe(graph, backbone)
+    found = {node.key: node for node in (_describe(backbone, r, outputs[r.name]) for r in requests)}
+    return Extractor(graph, backbone, tuple(found.values())).eval()
+
+
+def _parse(text: str) -> _Request:
+    name, colon, pooling = text.rpartition(":")
+    if not colon:
+        return _Request(name=text, pooling=None)
+    for known in _POOLINGS:
+        if pooling == known:
+            return _Request(name=name, pooling=known)
+    raise UnknownNode(f"node {text!r} asks for pooling {pooling!r}; there are {', '.join(_POOLINGS)}")
+
+
+def _graph(backbone: Backbone, names: set[str]) -> nn.Module:
+    """A module that returns {name: output}."""
+    if names == {PENULTIMATE}:
+        return _Whole(backbone.module)
+    options = {
+        "leaf_modules": list(backbone.trace.leaf_modules),
+        "autowrap_functions": list(backbone.trace.leaf_functions),
+    }
+    there = _node_names(backbone, options)
+    aliases = {PENULTIMATE: there[-1]}
+    nodes = {name: aliases.get(name, name) for name in sorted(names)}
+    for name, node in nodes.items():
+        if not any(known == node or known.startswith(f"{node}.") for known in there):
+            raise _unknown(backbone, name, there)
+    graph: nn.Module = create_feature_extractor(
+        backbone.module,
+        return_nodes=sorted(set(nodes.values())),
+        tracer_kwargs=options,
+        suppress_diff_warning=True,
+    )
+    return _Traced(graph, nodes)
+
+
+def _node_names(backbone: Backbone, options: dict[str, Any]) -> list[str]:
+    try:
+        _, names = get_graph_node_names(backbone.module, tracer_kwargs=options, suppress_diff_warning=True)
+    except (torch.fx.proxy.TraceError, TypeError, RuntimeError, ValueError, AttributeError) as error:
+        # Tracing runs the network's own Python on stand-ins for tensors, which fails in many ways.
+        raise BackboneError(
+            f"{backbone.name} cannot be traced, so only its {PENULTIMATE} node is to be had: {error}"
+        ) from error
+    found: list[str] = names
+    return found
+
+
+def _unknown(backbone: Backbone, name: str, there: Sequence[str]) -> UnknownNode:
+    modules = [path for path, _ in backbone.module.named_modules() if path]
+    nearest = difflib.get_close_matches(name, [*modules, *there], n=3)
+    said = nearest or [path for path, _ in backbone.module.named_children()]
+    return UnknownNode(f"{backbone.name} has no node {name!r}; try {', '.join(dict.fromkeys(said))}")
+
+
+def _probe(graph: nn.Module, backbone: Backbone) -> dict[str, Any]:
+    """The outputs for one black image, for their shapes."""
+    size = backbone.preprocessing.crop_size
+    with torch.inference_mode():
+        outputs: dict[str, Any] = graph(torch.zeros(1, 3, size, size))
+    return outputs
+
+
+def _describe(backbone: Backbone, request: _Request, output: Any) -> FeatureNode:
+    """The node as it is stored: its pooling settled by the shape of its output."""
+    name, asked = request.name, request.pooling
+    if not isinstance(output, Tensor) or not 2 <= output.ndim <= 4 or len(output) != 1:
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise UnknownNode(
+            f"node {name!r} of {backbone.name} gives {shape}: no vector, tokens or feature map an image"
+        )
+    if output.ndim == 2:
+        if asked:
+            raise UnknownNode(f"node {name!r} of {backbone.name} is a vector already: leave :{asked} away")
+        return FeatureNode(name=name, num_features=output.shape[1])
+    if asked == "cls" and (output.ndim == 4 or not backbone.prefix_tokens):
+        raise UnknownNode(f"node {name!r} of {backbone.name} has no class token: ask for :avg or :max")
+    channels = 1 if output.ndim == 4 and backbone.layout_of(name) == "nchw" else output.ndim - 1
+    pooling = asked or ("avg" if output.ndim == 4 else backbone.token_pooling)
+    if name == PENULTIMATE and asked is None:
+        pooling = "none"
+    return FeatureNode(name=name, pooling=pooling, num_features=output.shape[channels])
+
+
+def _pool(backbone: Backbone, node: FeatureNode) -> Callable[[Tensor], Tensor]:
+    """The function from the node's output, (B, D), (B, tokens, D) or a feature map, to (B, D)."""
+    space = (2, 3) if backbone.layout_of(node.name) == "nchw" else (1, 2)
+    prefix = backbone.prefix_tokens
+
+    def pool(output: Tensor) -> Tensor:
+        if output.ndim == 2:
+            return output
+        is_map = output.ndim == 4
+        default = "avg" if is_map else backbone.token_pooling
+        pooling = default if node.pooling == "none" else node.pooling
+        if pooling == "cls":
+            return output[:, 0]
+        values, axes = (output, space) if is_map else (output[:, prefix:], (1,))
+        return values.mean(axes) if pooling == "avg" else values.amax(axes)
+
+    return pool

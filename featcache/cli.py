@@ -1,0 +1,260 @@
+"""The command line: options in, one call, text or --json out. Nothing else.
+
+Exit codes: 0 done, 1 a known failure (one line on stderr), 2 wrong usage, 3 done but some images failed,
+130 and 143 interrupted by Ctrl-C or SIGTERM. Anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from featcache.errors import FeatcacheError
+
+DONE_WITH_SKIPS = 3
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, handled like Ctrl-C but for the exit code."""
+
+
+def _terminate(signum: int, frame: object) -> NoReturn:
+    raise _Terminated
+
+
+class _Verbs(click.Group):
+    """Turns what is known into one line and an exit code, once for all commands."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        signal.signal(signal.SIGTERM, _terminate)
+        try:
+            return super().invoke(ctx)
+        except FeatcacheError as exc:
+            _say_lines(f"Error: {exc}", exc)
+            ctx.exit(1)
+        except KeyboardInterrupt as exc:
+            _say_lines("Interrupted.", exc)
+            ctx.exit(143 if isinstance(exc, _Terminated) else 130)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+def _say_lines(first: str, exc: BaseException) -> None:
+    click.echo("\n".join([first, *(f"  {note}" for note in getattr(exc, "__notes__", ()))]), err=True)
+
+
+def _emit(result: Any, *, as_json: bool) -> None:
+    click.echo(json.dumps(result.to_json(), allow_nan=False) if as_json else result.describe())
+
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else there."
+)
+quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress.")
+follow_links_option = click.option(
+    "--follow-links", is_flag=True, help="Follow symbolic links that lead out of the folder."
+)
+device_option = click.option(
+    "--device", default="auto", show_default=True, metavar="DEVICE", help="auto, cpu, cuda, cuda:1 or mps."
+)
+batch_size_option = click.option(
+    "--batch-size", type=click.IntRange(1, 65536), help="Images in one forward pass; by default by device."
+)
+workers_option = click.option(
+    "--workers", type=click.IntRange(1, 1024), help="Decoding threads; by default one a processor."
+)
+seed_option = click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="featcache")
+def main() -> None:
+    """Embed an image data set once with a frozen backbone; train heads on the cached features in seconds.
+
+    \b
+    featcache embed photos/ -o photos.h5 --backbone resnet18
+    featcache fit photos.h5 -o photos.model
+    featcache predict photos.model new/*.jpg
+    """
+
+
+@main.command()
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path, dir_okay=False), metavar="STORE.h5",
+    help="The feature store to make or to bring up to date.",
+)  # fmt: skip
+@click.option(
+    "--backbone", default="resnet18", show_default=True, metavar="NAME",
+    help="A name of `featcache backbones`, NAME@WEIGHTS, or your own module:function.",
+)  # fmt: skip
+@click.option(
+    "--weights", metavar="FILE|random",
+    help="A .safetensors or .pth file instead of the pretrained weights, or seeded random ones.",
+)  # fmt: skip
+@seed_option
+@click.option(
+    "--node", "nodes", multiple=True, metavar="NAME[:avg|max|cls]",
+    help="A node of the backbone's graph; repeatable. Default: the penultimate features.",
+)  # fmt: skip
+@click.option(
+    "--root", type=click.Path(path_type=Path, file_okay=False), help="What a CSV's paths are relative to."
+)
+@follow_links_option
+@device_option
+@click.option(
+    "--precision", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32",
+    show_default=True, help="Of the forward pass.",
+)  # fmt: skip
+@click.option(
+    "--store-dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True,
+    help="Of the stored features.",
+)  # fmt: skip
+@batch_size_option
+@workers_option
+@click.option(
+    "--max-failures", type=click.FloatRange(0, 1), default=0.01, show_default=True,
+    help="The fraction of images that may fail before the run stops.",
+)  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
+@json_option
+@quiet_option
+@click.pass_context
+def embed(ctx: click.Context, /, data: Path, *, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Embed the images of DATA into a feature store, computing only what is not there yet.
+
+    DATA is a folder of class folders, the same under train/ val/ test/, or a CSV with the columns
+    path,label[,split]. The same command again goes on where a run stopped and embeds only images that are
+    new or changed. Exit code 3: done, but some images failed.
+    """
+    from featcache.commands.embed import embed as run
+    from featcache.progress import make_progress
+    from featcache.spec import PENULTIMATE
+
+    options["nodes"] = options["nodes"] or (PENULTIMATE,)
+    result = run(data, progress=make_progress(quiet=quiet), **options)
+    _emit(result, as_json=as_json)
+    if result.failed:
+        ctx.exit(DONE_WITH_SKIPS)
+
+
+@main.command()
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), metavar="MODEL",
+    help="The model file to write; the report goes to MODEL.json beside it.",
+)  # fmt: skip
+@click.option(
+    "--head", default="logistic", show_default=True, metavar="NAME",
+    help="logistic, ridge, knn, ncm, linear, or sklearn:CLASS for any scikit-learn classifier.",
+)  # fmt: skip
+@click.option(
+    "--param", "params", multiple=True, metavar="KEY=VALUE",
+    help="A parameter of the head; repeatable. Giving the one that is searched ends the search.",
+)  # fmt: skip
+@click.option("--node", metavar="KEY", help="The node of the store to use; by default its first.")
+@seed_option
+@json_option
+@quiet_option
+def fit(store: Path, *, as_json: bool, quiet: bool, params: tuple[str, ...], **options: Any) -> None:
+    """Choose and fit a head on the cached features of STORE, and score it once on held-out images.
+
+    The regularisation is chosen by cross-validation on the training rows. The test split is scored, or val
+    where there is no test; without splits a fifth of the images is held out by the hash of their bytes.
+    """
+    from featcache.commands.fit import fit as run
+    from featcache.progress import make_progress
+
+    pairs = [param.partition("=") for param in params]
+    if wrong := [key for key, equals, _ in pairs if not equals]:
+        raise click.BadParameter(f"{wrong[0]!r} is not KEY=VALUE.", param_hint="--param")
+    result = run(
+        store, params={key: value for key, _, value in pairs}, progress=make_progress(quiet=quiet), **options
+    )
+    _emit(result, as_json=as_json)
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument(
+    "images", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE_OR_FOLDER..."
+)
+@click.option(
+    "--top-k", type=click.IntRange(1), default=5, show_default=True, help="Classes listed per image."
+)
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV: path,label,probability,error.")
+@json_option
+@click.option("--weights", metavar="FILE", help="The backbone's weights file, where it has moved.")
+@click.option("--backbone", metavar="module:function", help="Allow a model's own backbone code to be run.")
+@follow_links_option
+@device_option
+@batch_size_option
+@workers_option
+@quiet_option
+@click.pass_context
+def predict(
+    ctx: click.Context,
+    /,
+    model: Path,
+    images: tuple[Path, ...],
+    *,
+    as_json: bool,
+    as_csv: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Predict the class of images with a fitted MODEL.
+
+    Images are preprocessed as the model's store was, and embedded by the same backbone with the same
+    weights, or refused. Exit code 3: done, but some images could not be read.
+    """
+    from featcache.commands.predict import predict as run
+    from featcache.progress import make_progress
+
+    if as_json and as_csv:
+        raise click.UsageError("--json and --csv exclude each other.")
+    result = run(model, images, progress=make_progress(quiet=quiet), **options)
+    if as_csv:
+        click.echo(result.to_csv(), nl=False)
+    else:
+        _emit(result, as_json=as_json)
+    if result.failed:
+        ctx.exit(DONE_WITH_SKIPS)
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@json_option
+def info(file: Path, *, as_json: bool) -> None:
+    """Say what a store or model FILE is. Needs neither torch nor the images."""
+    from featcache.commands.info import info as run
+
+    _emit(run(file), as_json=as_json)
+
+
+@main.command()
+@json_option
+def backbones(*, as_json: bool) -> None:
+    """List the backbones: dimension, parameters, where their weights come from and whether they are here."""
+    from featcache.commands.backbones import backbones as run
+
+    _emit(run(), as_json=as_json)
+
+
+@main.command()
+@click.option(
+    "--folder", type=click.Path(path_type=Path, file_okay=False), default=Path("featcache-demo"),
+    show_default=True, help="Where the photographs, the store and the model go.",
+)  # fmt: skip
+@quiet_option
+def demo(folder: Path, *, quiet: bool) -> None:
+    """Show the whole way on real photographs of 14 kinds of fruit: embed, fit, predict."""
+    from featcache.demo import demo as run
+    from featcache.progress import make_progress
+
+    run(folder, progress=make_progress(quiet=quiet), say=click.echo)

@@ -1,0 +1,119 @@
+"""`featcache info`: what a store or a model file is. Needs neither torch nor the images nor the weights."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featcache.errors import ModelError, NotAStore
+from featcache.model import Model
+from featcache.records import SPLITS
+from featcache.store.layout import NO_SPLIT
+from featcache.store.reader import FeatureStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """The facts about a file, as printed and as JSON."""
+
+    facts: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return self.facts
+
+    def describe(self) -> str:
+        return "\n".join(_lines(self.facts))
+
+
+def info(file: str | os.PathLike[str]) -> Info:
+    """Describe a feature store or a model file. NotAStore or ModelError when it is neither or damaged."""
+    path = Path(file)
+    try:
+        with open(path, "rb") as opened:
+            head = opened.read(9)
+    except OSError as exc:
+        raise NotAStore(f"{path} cannot be opened: {os.strerror(exc.errno or 0)}.") from exc
+    if head.startswith(b"\x89HDF"):
+        return Info(facts=_store_facts(FeatureStore.open(path, check=False)))
+    if head[8:9] == b"{":
+        return Info(facts=_model_facts(path, Model.load(path)))
+    raise ModelError(f"{path} is neither a feature store (HDF5) nor a model file (safetensors).")
+
+
+def _store_facts(store: FeatureStore) -> dict[str, Any]:
+    table, counts = store.table, store.status_counts()
+    names = Counter("(none)" if label is None else label for label in table.label_names())
+    splits = Counter(_split_name(code) for code in table.splits.tolist())
+    weights, provenance = store.provenance["weights"], store.provenance
+    return {
+        "file": str(store.path),
+        "kind": "feature store",
+        "complete": store.complete,
+        "rows": len(store),
+        "status": {status.words: n for status, n in counts.items()},
+        "failed": {path: status.words for path, status in store.failed_rows()},
+        "classes": {name: names[name] for name in (*table.classes, "(none)") if names[name]},
+        "splits": dict(splits),
+        "spec": store.spec.flat(),
+        "fingerprint": store.fingerprint,
+        "weights": f"{weights['source']}, {weights['label']}",
+        "provenance": {
+            key: provenance[key]
+            for key in ("created", "command", "engine", "device", "batch_size", "versions")
+        },
+        "bytes": os.path.getsize(store.path),
+    }
+
+
+def _split_name(code: int) -> str:
+    return "(none)" if code == NO_SPLIT else SPLITS[code]
+
+
+def _model_facts(path: Path, model: Model) -> dict[str, Any]:
+    return {
+        "file": str(path),
+        "kind": "model",
+        "head": model.head_name,
+        "params": dict(model.params),
+        "classes": list(model.classes),
+        "node": model.node.key,
+        "spec": model.spec.flat(),
+        "fingerprint": model.fingerprint,
+        "weights": f"{model.weights['source']}, {model.weights['label']}",
+        "metrics": dict(model.metrics),
+        "bytes": os.path.getsize(path),
+    }
+
+
+def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
+    width = max(map(len, facts), default=0)
+    lines = []
+    for name, value in facts.items():
+        if isinstance(value, dict) and len(value) > 0:
+            shown = dict(list(value.items())[:20])
+            lines.append(f"{indent}{name}:")
+            lines += _lines(shown, indent + "  ")
+            if len(value) > len(shown):
+                lines.append(f"{indent}  … and {len(value) - len(shown):,} more (--json lists all)")
+        else:
+            lines.append(f"{indent}{name + ':':<{width + 1}} {_word(value)}")
+    return lines
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return "none"
+    if isinstance(value, list | tuple) and len(value) <= 20:
+        return ", ".join(map(_word, value))
+    if isinstance(value, list | tuple):
+        return f"{', '.join(map(_word, value[:20]))}, … ({len(value):,} in all; --json lists them)"
+    if isinstance(value, float | np.floating):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

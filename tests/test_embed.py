@@ -1,0 +1,452 @@
+"""`embed`: every image costs itself once, whatever happens to the files, the options or the process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from featcache import pipeline
+from featcache.commands.embed import EmbedResult, embed
+from featcache.errors import DataError, ManifestError, SpecMismatch, StoreLocked, TooManyFailures
+from featcache.images.decode import load_image
+from featcache.records import RowStatus
+from featcache.spec import Preprocessing
+from featcache.store.layout import read_layout
+from featcache.store.lock import write_lock
+from featcache.store.reader import FeatureStore
+
+TOY = "channel_mean:channel_mean"
+SIZE = Preprocessing(resize_size=8, crop_size=8)
+
+
+@pytest.fixture
+def photos(tmp_path: Path, save_image: Callable[..., Path]) -> Path:
+    """Six images of two classes."""
+    for i in range(6):
+        save_image(tmp_path / "photos" / f"class{i % 2}" / f"{i}.png", seed=i)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return tmp_path / "store.h5"
+
+
+@pytest.fixture
+def embedded(photos: Path, store: Path) -> EmbedResult:
+    return embed(photos, store, backbone=TOY)
+
+
+def counts(result: EmbedResult) -> dict[str, int]:
+    names = ("rows", "embedded", "reused", "relabelled", "failed", "removed")
+    return {name: getattr(result, name) for name in names if getattr(result, name)}
+
+
+def by_id(path: Path) -> dict[str, tuple[list[float], str]]:
+    features = FeatureStore.open(path).features()
+    labels = [features.classes[label] for label in features.y]
+    return dict(zip(features.ids, zip(features.X.tolist(), labels, strict=True), strict=True))
+
+
+def by_hand(image: Path) -> list[float]:
+    pixels = load_image(image, SIZE).pixels.astype(np.float64) / 255  # type: ignore[union-attr]
+    return list((pixels.mean((0, 1)) - 0.5) / 0.5)
+
+
+def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *_: object) -> None:
+        raise AssertionError(f"{path} was decoded")
+
+    monkeypatch.setattr(pipeline, "load_image", refuse)
+
+
+def test_features_are_those_of_the_image_by_path(photos: Path, store: Path, embedded: EmbedResult) -> None:
+    assert counts(embedded) == {"rows": 6, "embedded": 6}
+    for path, (vector, label) in by_id(store).items():
+        np.testing.assert_allclose(vector, by_hand(photos / path), atol=1e-6)
+        assert path.startswith(label)
+
+
+def test_the_same_again_decodes_nothing_and_says_how_it_knew(
+    photos: Path, store: Path, embedded: EmbedResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_decoding(monkeypatch)
+    before = store.read_bytes()
+    again = embed(photos, store, backbone=TOY)
+    assert counts(again) == {"rows": 6, "reused": 6}
+    assert "6 files known by size, mtime and ctime" in again.describe()
+    assert store.read_bytes() == before
+
+
+def test_the_same_again_needs_neither_torch_nor_an_open_image(photos: Path, store: Path) -> None:
+    arguments = [
+        "embed",
+        str(photos),
+        "-o",
+        str(store),
+        "--backbone",
+        "resnet18",
+        "--weights",
+        "random",
+        "-q",
+    ]
+    code = (
+        "import sys; from featcache.cli import main\n"
+        "try: main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
+    )
+    first = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert first.stdout.splitlines()[-1] == "True", first.stderr
+    again = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert "nothing to embed: 6 files" in again.stdout
+    assert again.stdout.splitlines()[-1] == "False"
+
+
+def test_an_edited_an_added_and_a_deleted_image_cost_just_themselves(
+    photos: Path, store: Path, embedded: EmbedResult, save_image: Callable[..., Path]
+) -> None:
+    save_image(photos / "class0" / "0.png", seed=100)
+    save_image(photos / "class1" / "new.png", seed=101)
+    (photos / "class1" / "5.png").unlink()
+    result = embed(photos, store, backbone=TOY)
+    assert counts(result) == {"rows": 6, "embedded": 2, "reused": 4, "removed": 1}
+    rows = by_id(store)
+    assert "class1/5.png" not in rows
+    for path, (vector, _) in rows.items():
+        np.testing.assert_allclose(vector, by_hand(photos / path), atol=1e-6)
+
+
+def test_a_renamed_class_is_relabelled_without_decoding(
+    photos: Path, store: Path, embedded: EmbedResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_decoding(monkeypatch)
+    (photos / "class0").rename(photos / "aardvark")
+    result = embed(photos, store, backbone=TOY)
+    assert counts(result) == {"rows": 6, "reused": 6, "relabelled": 3}
+    assert {label for _, label in by_id(store).values()} == {"aardvark", "class1"}
+    assert embed(photos, store, backbone=TOY).relabelled == 0
+
+
+def test_a_relabelled_manifest_costs_no_image(
+    photos: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = tmp_path / "all.csv"
+    manifest.write_text("path,label,split\nclass0/0.png,cat,train\nclass1/1.png,dog,test\nclass0/2.png,,\n")
+    first = embed(manifest, store, backbone=TOY, root=photos)
+    assert counts(first) == {"rows": 3, "embedded": 3}
+    manifest.write_text("path,label,split\nclass0/0.png,dog,train\nclass1/1.png,dog,val\nclass0/2.png,,\n")
+    no_decoding(monkeypatch)
+    assert counts(embed(manifest, store, backbone=TOY, root=photos)) == {
+        "rows": 3, "reused": 3, "relabelled": 2,
+    }  # fmt: skip
+    features = FeatureStore.open(store).features()
+    assert features.y.tolist() == [0, -1, 0]
+    assert features.splits.tolist() == ["train", "", "val"]
+
+
+@pytest.mark.parametrize("change", ["touched", "copied elsewhere", "renamed"])
+def test_what_has_the_same_bytes_is_not_embedded_again(
+    photos: Path, store: Path, embedded: EmbedResult, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    no_decoding(monkeypatch)
+    if change == "touched":
+        os.utime(photos / "class0" / "0.png", ns=(1, 1))
+    elif change == "renamed":
+        (photos / "class0" / "0.png").rename(photos / "class0" / "zero.png")
+    else:
+        photos = Path(shutil.copytree(photos, photos.parent / "elsewhere"))
+    result = embed(photos, store, backbone=TOY)
+    assert counts(result) == {"rows": 6, "reused": 6}
+    assert "by the sha256 of their bytes" in result.describe()
+    assert "sha256 of their bytes" not in embed(photos, store, backbone=TOY).describe()
+
+
+def test_a_moved_folder_is_the_same_data(photos: Path, store: Path, embedded: EmbedResult) -> None:
+    moved = photos.rename(photos.parent / "moved")
+    assert counts(embed(moved, store, backbone=TOY)) == {"rows": 6, "reused": 6}
+
+
+def test_an_edit_that_keeps_size_and_mtime_is_found(photos: Path, store: Path, embedded: EmbedResult) -> None:
+    path = photos / "class0" / "0.png"
+    kept = path.stat()
+    black = np.zeros((20, 24, 3), dtype=np.uint8)
+    Image.fromarray(black).save(path)
+    assert path.stat().st_size < kept.st_size
+    path.write_bytes(path.read_bytes().ljust(kept.st_size, b"\0"))
+    os.utime(path, ns=(kept.st_atime_ns, kept.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (kept.st_size, kept.st_mtime_ns)
+    assert counts(embed(photos, store, backbone=TOY)) == {"rows": 6, "embedded": 1, "reused": 5}
+    np.testing.assert_allclose(by_id(store)["class0/0.png"][0], [-1, -1, -1], atol=1e-6)
+
+
+def test_rows_follow_their_image_when_others_are_inserted_before_them(
+    photos: Path, store: Path, embedded: EmbedResult, save_image: Callable[..., Path]
+) -> None:
+    """Trap: features joined to labels by position."""
+    for i in range(300):
+        save_image(photos / "a_first_class" / f"{i:03d}.png", seed=1000 + i, size=(8, 8))
+    result = embed(photos, store, backbone=TOY)
+    assert counts(result) == {"rows": 306, "embedded": 300, "reused": 6}
+    for path, (vector, label) in by_id(store).items():
+        np.testing.assert_allclose(vector, by_hand(photos / path), atol=1e-6)
+        assert path.startswith(label)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"precision": "bfloat16"}, "compute_dtype is float32, not bfloat16"),
+        ({"store_dtype": "float16"}, "store_dtype is float32, not float16"),
+        ({"backbone": "killed_backbone:backbone"}, "backbone is channel_mean:channel_mean, not killed"),
+    ],
+)
+def test_another_spec_is_refused_naming_the_field(
+    photos: Path, store: Path, embedded: EmbedResult, change: dict[str, str], field: str
+) -> None:
+    before = store.read_bytes()
+    with pytest.raises(SpecMismatch, match=f"{field}.*Choose another --output"):
+        embed(photos, store, **{"backbone": TOY, **change})  # type: ignore[arg-type]
+    assert store.read_bytes() == before
+
+
+@pytest.mark.parametrize("knob", [{"batch_size": 1}, {"batch_size": 5}, {"workers": 1}, {"workers": 7}])
+def test_features_do_not_depend_on_batches_or_workers(
+    photos: Path, tmp_path: Path, store: Path, knob: dict[str, int]
+) -> None:
+    first = embed(photos, store, backbone="killed_backbone:backbone")
+    other = embed(photos, tmp_path / "other.h5", backbone="killed_backbone:backbone", **knob)  # type: ignore[arg-type]
+    assert other.fingerprint == first.fingerprint
+    assert by_id(tmp_path / "other.h5").keys() == by_id(store).keys()
+    for path, (vector, _) in by_id(store).items():
+        np.testing.assert_allclose(by_id(tmp_path / "other.h5")[path][0], vector, rtol=1e-6, atol=1e-7)
+
+
+def test_a_dry_run_counts_and_writes_nothing(
+    photos: Path, store: Path, save_image: Callable[..., Path]
+) -> None:
+    assert counts(embed(photos, store, backbone=TOY, dry_run=True)) == {"rows": 6, "embedded": 6}
+    assert not store.exists()
+    embed(photos, store, backbone=TOY)
+    save_image(photos / "class0" / "0.png", seed=100)
+    before = store.read_bytes()
+    dry = embed(photos, store, backbone=TOY, dry_run=True)
+    assert counts(dry) == {"rows": 6, "embedded": 1, "reused": 5}
+    assert "nothing was written" in dry.describe()
+    assert store.read_bytes() == before
+    assert sorted(p.name for p in store.parent.iterdir()) == ["photos", "store.h5"]
+
+
+def test_json_has_just_the_documented_keys(embedded: EmbedResult) -> None:
+    assert list(embedded.to_json()) == [
+        "rows", "embedded", "reused", "relabelled", "failed", "removed",
+        "seconds", "images_per_second", "fingerprint", "store",
+    ]  # fmt: skip
+
+
+def test_bad_images_cost_their_own_row_and_are_named(
+    photos: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (photos / "class0" / "empty.jpg").write_bytes(b"")
+    (photos / "class1" / "page.jpg").write_text("<!DOCTYPE html><title>404</title>")
+    os.mkfifo(photos / "class1" / "pipe.jpg")
+    result = embed(photos, store, backbone=TOY, max_failures=0.5)
+    assert counts(result) == {"rows": 9, "embedded": 6, "failed": 3}
+    said = result.describe()
+    for name in (
+        "class0/empty.jpg: empty",
+        "class1/page.jpg: not an image",
+        "class1/pipe.jpg: not a regular",
+    ):
+        assert name in said
+    features = FeatureStore.open(store).features()
+    assert len(features) == 6
+    raw = FeatureStore.open(store)
+    failed = raw.row_status != RowStatus.OK
+    assert np.isnan(raw.map()[failed]).all()
+    no_decoding(monkeypatch)
+    assert counts(embed(photos, store, backbone=TOY, max_failures=0.5)) == {
+        "rows": 9, "reused": 6, "failed": 3,
+    }  # fmt: skip
+
+
+def test_a_mended_image_is_embedded_by_the_same_command(
+    photos: Path, store: Path, save_image: Callable[..., Path]
+) -> None:
+    broken = photos / "class0" / "x.png"
+    broken.write_bytes(b"not yet")
+    assert embed(photos, store, backbone=TOY).failed == 1
+    save_image(broken, seed=9)
+    assert counts(embed(photos, store, backbone=TOY)) == {"rows": 7, "embedded": 1, "reused": 6}
+
+
+def test_too_many_failures_stop_with_a_report_and_keep_the_rest(photos: Path, store: Path) -> None:
+    for i in range(3):
+        (photos / "class0" / f"bad{i}.jpg").write_bytes(b"")
+    with pytest.raises(
+        TooManyFailures, match="3 of 9 images failed, more than the 1.0%.*bad0.jpg.*--max-fail"
+    ):
+        embed(photos, store, backbone=TOY)
+    result = embed(photos, store, backbone=TOY, max_failures=0.4)
+    assert counts(result) == {"rows": 9, "reused": 6, "failed": 3}
+
+
+def test_a_file_that_vanishes_during_the_run_is_a_row_not_a_crash(
+    photos: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def vanish(path: Path, preprocessing: Preprocessing) -> object:
+        if path.name == "3.png":
+            path.unlink()
+        return load_image(path, preprocessing)
+
+    monkeypatch.setattr(pipeline, "load_image", vanish)
+    result = embed(photos, store, backbone=TOY)
+    assert counts(result) == {"rows": 6, "embedded": 5, "failed": 1}
+    assert FeatureStore.open(store).failed_rows() == [("class1/3.png", RowStatus.MISSING)]
+
+
+def test_an_image_missing_from_a_manifest_is_embedded_once_it_is_there(
+    photos: Path, store: Path, tmp_path: Path, save_image: Callable[..., Path]
+) -> None:
+    manifest = tmp_path / "all.csv"
+    manifest.write_text("path,label\nclass0/0.png,a\nclass0/later.png,b\n")
+    assert counts(embed(manifest, store, backbone=TOY, root=photos)) == {
+        "rows": 2, "embedded": 1, "failed": 1,
+    }  # fmt: skip
+    assert embed(manifest, store, backbone=TOY, root=photos).failed == 1
+    save_image(photos / "class0" / "later.png", seed=50)
+    assert counts(embed(manifest, store, backbone=TOY, root=photos)) == {
+        "rows": 2, "embedded": 1, "reused": 1,
+    }  # fmt: skip
+
+
+def test_a_bad_manifest_stops_before_anything_is_written(photos: Path, store: Path, tmp_path: Path) -> None:
+    manifest = tmp_path / "all.csv"
+    manifest.write_text("path,label\n../outside.png,a\n")
+    with pytest.raises(ManifestError, match="line 2"):
+        embed(manifest, store, backbone=TOY, root=photos)
+    assert not store.exists()
+
+
+def test_a_folder_without_images_is_one_line(tmp_path: Path, store: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no images"):
+        embed(tmp_path / "empty", store, backbone=TOY)
+
+
+def test_features_beyond_float16_are_rows_that_failed_not_infinities(
+    photos: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from featcache.engines.torch_eager import TorchEager
+
+    plain = TorchEager.embed
+
+    def huge(self: TorchEager, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        features = plain(self, pixels)
+        features["penultimate"][0] = 1e6
+        return features
+
+    monkeypatch.setattr(TorchEager, "embed", huge)
+    result = embed(photos, store, backbone=TOY, store_dtype="float16")
+    assert counts(result) == {"rows": 6, "embedded": 5, "failed": 1}
+    assert "--store-dtype float32" in result.describe()
+    assert np.isfinite(FeatureStore.open(store).features().X).all()
+
+
+def test_two_runs_at_once_are_refused(photos: Path, store: Path, embedded: EmbedResult) -> None:
+    with write_lock(store), pytest.raises(StoreLocked, match="is being written"):
+        embed(photos, store, backbone=TOY)
+
+
+def test_a_damaged_block_is_embedded_again_by_the_same_command(
+    photos: Path, store: Path, embedded: EmbedResult
+) -> None:
+    good = by_id(store)
+    with open(store, "r+b") as file:
+        file.seek(read_layout(store).features["penultimate"].offset)
+        file.write(b"\xff\x00\xff")
+    assert embed(photos, store, backbone=TOY).embedded == 6
+    assert by_id(store) == good
+
+
+def run_embed(
+    *arguments: str, kill_at: int = 0, kill_with: str = "SIGKILL"
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "featcache", "embed", *arguments, "--batch-size", "4", "-q"],
+        env={**os.environ, "KILL_AT": str(kill_at), "KILL_WITH": kill_with},
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def many(tmp_path: Path, save_image: Callable[..., Path]) -> Path:
+    """600 images: more than two blocks."""
+    for i in range(600):
+        save_image(tmp_path / "many" / f"class{i % 3}" / f"{i:03d}.png", seed=i, size=(20, 20))
+    return tmp_path / "many"
+
+
+def features_bytes(path: Path) -> bytes:
+    return FeatureStore.open(path).features().X.tobytes()
+
+
+def test_a_run_killed_twice_resumes_to_the_very_bytes_of_an_undisturbed_one(
+    many: Path, tmp_path: Path
+) -> None:
+    backbone = ("--backbone", "killed_backbone:backbone")
+    calm, store = tmp_path / "calm.h5", tmp_path / "killed.h5"
+    assert run_embed(str(many), "-o", str(calm), *backbone).returncode == 0
+    assert run_embed(str(many), "-o", str(store), *backbone, kill_at=80).returncode == -signal.SIGKILL
+    assert FeatureStore.open(store).done.sum() == 256
+    assert run_embed(str(many), "-o", str(store), *backbone, kill_at=70).returncode == -signal.SIGKILL
+    assert FeatureStore.open(store).done.sum() == 512
+    last = run_embed(str(many), "-o", str(store), *backbone, "--json")
+    assert last.returncode == 0, last.stderr
+    assert '"embedded": 88, "reused": 512' in last.stdout
+    assert features_bytes(store) == features_bytes(calm)
+
+
+def test_a_killed_growth_keeps_the_old_store_and_goes_on(
+    many: Path, tmp_path: Path, save_image: Callable[..., Path]
+) -> None:
+    backbone = ("--backbone", "killed_backbone:backbone")
+    store = tmp_path / "store.h5"
+    assert run_embed(str(many), "-o", str(store), *backbone).returncode == 0
+    old = features_bytes(store)
+    for i in range(400):
+        save_image(many / "class9" / f"{i:03d}.png", seed=5000 + i, size=(20, 20))
+    assert run_embed(str(many), "-o", str(store), *backbone, kill_at=50).returncode == -signal.SIGKILL
+    assert features_bytes(store) == old
+    last = run_embed(str(many), "-o", str(store), *backbone, "--json")
+    assert '"rows": 1000, "embedded": 232, "reused": 768' in last.stdout, last
+    fresh = tmp_path / "fresh.h5"
+    assert run_embed(str(many), "-o", str(fresh), *backbone).returncode == 0
+    assert features_bytes(store) == features_bytes(fresh)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fresh.h5", "many", "store.h5"]
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_an_interrupted_run_says_what_is_kept(many: Path, tmp_path: Path, name: str, code: int) -> None:
+    arguments = (str(many), "-o", str(tmp_path / "s.h5"), "--backbone", "killed_backbone:backbone")
+    stopped = run_embed(*arguments, kill_at=70, kill_with=name)
+    assert stopped.returncode == code
+    assert "256 of 600 rows are kept; run the same command again" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+
+
+def test_the_summary_tells_speed_and_size(embedded: EmbedResult) -> None:
+    said = replace(embedded, seconds=2.0, images_per_second=3.0, slowest_stage="forward").describe()
+    assert "6 rows: 6 embedded, 0 reused, 0 failed" in said
+    assert "3.0 images/s, mostly forward" in said

@@ -1,0 +1,215 @@
+"""Engines: the vector is the right one, and depends on the image alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.transforms._presets import ImageClassification
+
+from featcache.backbones import Backbone, load_backbone, make_backbone
+from featcache.engines import ENGINES, make_engine
+from featcache.errors import DeviceError
+from featcache.spec import Preprocessing
+
+TOY = "channel_mean:channel_mean"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Small images gain nothing from threads, and lose much where others use the machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def pixels(count: int, size: int = 8, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+def small(name: str, *, size: int, weights: str | None = "random") -> Backbone:
+    """A real network on small images, to be quick."""
+    backbone = load_backbone(name, weights=weights)
+    return replace(backbone, preprocessing=replace(backbone.preprocessing, crop_size=size))
+
+
+@pytest.fixture(params=list(ENGINES))
+def engine_name(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_the_toy_feature_is_the_normalised_mean_of_each_channel(engine_name: str, count: int) -> None:
+    engine = make_engine(load_backbone(TOY), batch_size=4, engine=engine_name)
+    images = pixels(count)
+    found = engine.embed(images)
+    expected = (images.astype(np.float64).mean((1, 2)) / 255 - 0.5) / 0.5
+    assert list(found) == ["penultimate"]
+    assert found["penultimate"].shape == (count, 3)
+    assert found["penultimate"].dtype == np.float32
+    np.testing.assert_allclose(found["penultimate"], expected, atol=1e-6)
+
+
+def test_the_backbone_always_sees_the_full_batch() -> None:
+    seen = []
+
+    class Recorder(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            seen.append(tuple(images.shape))
+            return images.mean((2, 3))
+
+    engine = make_engine(
+        make_backbone(Recorder(), preprocessing=Preprocessing(resize_size=8, crop_size=8)), batch_size=5
+    )
+    seen.clear()
+    for count in (1, 4, 5):
+        engine.embed(pixels(count))
+    assert seen == [(5, 3, 8, 8)] * 3
+
+
+def test_normalised_pixels_are_those_of_torchvisions_preset_bit_for_bit() -> None:
+    size = 32
+    preprocessing = Preprocessing(resize_size=size, crop_size=size)
+    engine = make_engine(make_backbone(nn.Flatten(), preprocessing=preprocessing), batch_size=2)
+    image = np.stack([pixels(1, size)[0], np.arange(size * size * 3).reshape(size, size, 3).astype(np.uint8)])
+    preset = ImageClassification(crop_size=size, resize_size=size)
+    expected = np.stack([preset(Image.fromarray(one)).flatten().numpy() for one in image])
+    np.testing.assert_array_equal(engine.embed(image)["penultimate"], expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "size"),
+    [("resnet18", "random", 64), ("efficientnet_lite0", None, 64), ("vit_b_32", "random", 224)],
+)
+def test_a_vector_does_not_depend_on_neighbours_place_or_filling(
+    engine_name: str, name: str, weights: str | None, size: int
+) -> None:
+    engine = make_engine(small(name, size=size, weights=weights), batch_size=4, engine=engine_name)
+    images = pixels(4, size)
+    together = engine.embed(images)["penultimate"]
+    order = np.random.default_rng(1).permutation(4)
+    np.testing.assert_array_equal(engine.embed(images[order])["penultimate"], together[order])
+    np.testing.assert_array_equal(engine.embed(images[3:])["penultimate"], together[3:])
+    np.testing.assert_array_equal(engine.embed(images[1:3])["penultimate"], together[1:3])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_lite0"])
+def test_another_batch_size_changes_a_vector_by_rounding_alone(name: str) -> None:
+    backbone = small(name, size=64)
+    images = pixels(7, 64)
+    vectors = [
+        np.concatenate([engine.embed(images[i : i + size])["penultimate"] for i in range(0, 7, size)])
+        for size in (1, 7, 32)
+        for engine in [make_engine(backbone, batch_size=size)]
+    ]
+    for other in vectors[1:]:
+        # Measured: 1e-6 of the largest value; kernels chosen by the batch's shape add in another order.
+        np.testing.assert_allclose(other, vectors[0], rtol=0, atol=1e-5 * np.abs(vectors[0]).max())
+
+
+def test_head_on_features_equals_the_frozen_network_with_a_new_last_layer() -> None:
+    torch.manual_seed(0)
+    whole = models.resnet18(weights=None)
+    whole.fc = nn.Linear(512, 10)
+    backbone = load_backbone("resnet18", weights="random")
+    original = {**whole.state_dict(), **backbone.module.state_dict()}
+    assert {k for k in original if k not in backbone.module.state_dict()} == {"fc.weight", "fc.bias"}
+    whole.load_state_dict(original)
+    whole.eval()
+    images = pixels(4, 224)
+    features = make_engine(backbone, batch_size=4).embed(images)["penultimate"]
+    W, b = whole.fc.weight.detach().numpy(), whole.fc.bias.detach().numpy()
+    preset = ImageClassification(crop_size=224, resize_size=224)
+    with torch.inference_mode():
+        expected = whole(torch.stack([preset(Image.fromarray(image)) for image in images])).numpy()
+    np.testing.assert_allclose(features @ W.T + b, expected, atol=1e-5)
+
+
+def test_batch_norm_statistics_stay_even_if_someone_trains_the_module() -> None:
+    backbone = small("resnet18", size=32)
+    engine = make_engine(backbone, nodes=("penultimate", "layer1"), batch_size=4)
+    before = {key: value.clone() for key, value in backbone.module.state_dict().items()}
+    first = engine.embed(pixels(4, 32))
+    backbone.module.train()
+    second = engine.embed(pixels(4, 32))
+    assert all(torch.equal(value, before[key]) for key, value in backbone.module.state_dict().items())
+    for key in first:
+        np.testing.assert_array_equal(first[key], second[key])
+
+
+def test_several_nodes_come_back_in_the_order_asked_for() -> None:
+    engine = make_engine(small("resnet18", size=32), nodes=("layer2:max", "penultimate"), batch_size=2)
+    found = engine.embed(pixels(2, 32))
+    assert list(found) == [node.key for node in engine.nodes] == ["layer2:max", "penultimate"]
+    assert [found[node.key].shape for node in engine.nodes] == [(2, 128), (2, 512)]
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("bfloat16", 0.05), ("float16", 0.01)])
+def test_lower_precision_is_near_but_not_float32(precision: Any, tolerance: float) -> None:
+    backbone = small("resnet18", size=32)
+    images = pixels(2, 32)
+    exact = make_engine(backbone, batch_size=2).embed(images)["penultimate"]
+    rough = make_engine(backbone, batch_size=2, precision=precision).embed(images)["penultimate"]
+    difference = np.abs(rough - exact).max() / np.abs(exact).max()
+    assert 0 < difference < tolerance
+    assert rough.dtype == np.float32
+
+
+def test_an_engine_describes_itself(engine_name: str) -> None:
+    engine = make_engine(load_backbone(TOY), device="cpu", engine=engine_name)
+    assert (engine.name, engine.device) == (engine_name, "cpu")
+    assert engine.batch_size >= 1
+    assert [node.num_features for node in engine.nodes] == [3]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"device": "gpu"}, "no device 'gpu'; this machine has .*cpu"),
+        ({"device": "cuda:99"}, "this machine has no cuda:99: pass --device auto"),
+        ({"device": "meta"}, "this machine has no meta"),
+        ({"precision": "int8"}, "no precision 'int8'; there are float32, bfloat16, float16"),
+        ({"engine": "steam"}, "no engine 'steam'; there are torch-eager"),
+    ],
+)
+def test_what_the_machine_has_not_is_one_line(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(DeviceError, match=said):
+        make_engine(load_backbone(TOY), **options)
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (pixels(5), "1 to 4 images, not 5"),
+        (pixels(0), "1 to 4 images, not 0"),
+        (pixels(2, 9), "uint8 of shape"),
+        (pixels(2).astype(np.float32), "not float32"),
+        (pixels(2)[0], "uint8 of shape"),
+    ],
+)
+def test_wrong_pixels_are_a_mistake_of_the_caller(images: np.ndarray, said: str) -> None:
+    engine = make_engine(load_backbone(TOY), batch_size=4)
+    with pytest.raises(ValueError, match=said):
+        engine.embed(images)
+
+
+def test_a_batch_size_below_one_is_a_mistake_of_the_caller() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        make_engine(load_backbone(TOY), batch_size=0)
+
+
+def test_read_only_pixels_are_left_as_they_are() -> None:
+    images = pixels(4)
+    images.flags.writeable = False
+    before = images.copy()
+    make_engine(load_backbone(TOY), batch_size=4).embed(images)
+    np.testing.assert_array_equal(images, before)

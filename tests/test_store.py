@@ -1,0 +1,293 @@
+"""The store: what is written is read back, what is damaged is not served, what is hostile is refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from conftest import make_toy_store, toy_block, toy_spec, write_toy_blocks
+
+from featcache.errors import DamagedStore, DiskError, IncompleteStore, NotAStore, StoreError, StoreLocked
+from featcache.records import RowStatus
+from featcache.spec import FeatureNode
+from featcache.store.blocks import BlockCheck
+from featcache.store.layout import SOURCE_DTYPE, read_layout
+from featcache.store.lock import write_lock
+from featcache.store.reader import FeatureStore
+from featcache.store.writer import StoreWriter
+
+
+def flip_byte(path: Path, offset: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 0x10]))
+
+
+def test_features_labels_and_ids_come_back_as_written(toy_store: Path) -> None:
+    features = FeatureStore.open(toy_store).features()
+    np.testing.assert_array_equal(features.X, np.arange(10)[:, None] + np.arange(3))
+    assert features.y.tolist() == [0, 1] * 5
+    assert features.ids[3] == "c1/é0003.png"
+    assert set(features.splits) == {"train"}
+
+
+def test_every_node_has_its_own_dataset(toy_store: Path) -> None:
+    assert FeatureStore.open(toy_store).features("stem:max").X.shape == (10, 2)
+    with pytest.raises(StoreError, match="penultimate, stem:max"):
+        FeatureStore.open(toy_store).features("layer9")
+
+
+def test_features_are_a_read_only_view_of_the_mapped_file(toy_store: Path) -> None:
+    X = FeatureStore.open(toy_store).features().X
+    assert not X.flags.owndata
+    assert not X.flags.writeable
+
+
+def test_feature_datasets_of_a_page_or_more_begin_on_a_page(tmp_path: Path) -> None:
+    path = make_toy_store(tmp_path / "s.h5", n=600)
+    assert [region.offset % 4096 for region in read_layout(path).features.values()] == [0, 0]
+
+
+def test_plain_h5py_reads_the_store_without_us(toy_store: Path) -> None:
+    with h5py.File(toy_store) as file:
+        assert file.attrs["encoding-type"] == b"featcache-store"
+        assert file["features/penultimate"][4].tolist() == [4, 5, 6]
+        assert file["ids"].asstr()[1] == "c1/é0001.png"
+
+
+def test_failed_rows_are_left_out_of_features_and_labels_together(tmp_path: Path) -> None:
+    path = make_toy_store(tmp_path / "s.h5", n=4, fill=False)
+    store = FeatureStore.open(path)
+    arrays = toy_block(store, 0)
+    status = np.array([RowStatus.OK, RowStatus.UNDECODABLE, RowStatus.OK, RowStatus.OK], dtype=np.uint8)
+    for array in arrays.values():
+        array[1] = np.nan
+    with StoreWriter(store.layout) as writer:
+        writer.write_block(0, features=arrays, row_status=status, sources=np.zeros(4, SOURCE_DTYPE))
+    features = FeatureStore.open(path).features()
+    assert features.X[:, 0].tolist() == [0, 2, 3]
+    assert features.y.tolist() == [0, 0, 1]
+    assert features.ids[1] == "c0/é0002.png"
+    assert FeatureStore.open(path).failed_rows() == [("c1/é0001.png", RowStatus.UNDECODABLE)]
+
+
+@pytest.mark.parametrize("wrong", ["zeros in a failed row", "NaN in a good row", "a pending row"])
+def test_the_writer_refuses_rows_that_contradict_their_status(tmp_path: Path, wrong: str) -> None:
+    store = FeatureStore.open(make_toy_store(tmp_path / "s.h5", n=4, fill=False))
+    arrays = toy_block(store, 0)
+    status = np.ones(4, dtype=np.uint8)
+    if wrong == "NaN in a good row":
+        arrays["penultimate"][2] = np.nan
+    else:
+        status[2] = RowStatus.PENDING if wrong == "a pending row" else RowStatus.MISSING
+    with StoreWriter(store.layout) as writer, pytest.raises(ValueError, match="finite|known"):
+        writer.write_block(0, features=arrays, row_status=status, sources=np.zeros(4, SOURCE_DTYPE))
+
+
+def test_an_unfinished_store_is_refused_but_serves_its_complete_blocks(tmp_path: Path) -> None:
+    path = make_toy_store(tmp_path / "s.h5", n=10, fill=False)
+    write_toy_blocks(path, range(1, 2))
+    store = FeatureStore.open(path)
+    assert not store.complete
+    with pytest.raises(IncompleteStore, match="6 of 10 rows are pending.*featcache embed"):
+        store.features()
+    assert store.features(partial=True).X[:, 0].tolist() == [4, 5, 6, 7]
+
+
+def test_a_block_declared_before_its_data_arrived_is_pending_on_resume(tmp_path: Path) -> None:
+    path = make_toy_store(tmp_path / "s.h5", n=10)
+    flip_byte(path, read_layout(path).features["penultimate"].offset + 5 * 12)
+    assert list(BlockCheck(read_layout(path)).pending()) == [1]
+
+
+@pytest.mark.parametrize("column", ["features", "row_status", "sources", "blocks"])
+def test_a_flipped_bit_in_any_row_data_is_found_at_opening(toy_store: Path, column: str) -> None:
+    layout = read_layout(toy_store)
+    region = layout.features["stem:max"] if column == "features" else getattr(layout, column)
+    flip_byte(toy_store, region.offset + region.row_bytes)
+    with pytest.raises(DamagedStore, match="rows .* checksums.*again"):
+        FeatureStore.open(toy_store)
+
+
+@pytest.mark.parametrize("name", ["ids", "labels", "classes", "splits"])
+def test_a_flipped_bit_in_a_static_column_is_found_at_opening(toy_store: Path, name: str) -> None:
+    with h5py.File(toy_store) as file:
+        offset = file[name].id.get_offset()
+    flip_byte(toy_store, offset)
+    with pytest.raises(DamagedStore, match="do not match their checksum"):
+        FeatureStore.open(toy_store, check=False)
+
+
+def test_a_truncated_store_is_damaged(toy_store: Path) -> None:
+    os.truncate(toy_store, os.path.getsize(toy_store) - 100)
+    with pytest.raises((DamagedStore, NotAStore), match="damaged|within the file"):
+        FeatureStore.open(toy_store)
+
+
+def test_no_metadata_byte_can_be_flipped_into_another_answer(toy_store: Path) -> None:
+    """Any flip before the first feature page either changes nothing that is served or is refused."""
+    whole = toy_store.read_bytes()
+    expected = FeatureStore.open(toy_store).features()
+    layout = read_layout(toy_store)
+    for offset in range(0, min(region.offset for region in layout.features.values()), 7):
+        flip_byte(toy_store, offset)
+        try:
+            got = FeatureStore.open(toy_store).features()
+        except StoreError:
+            pass
+        else:
+            np.testing.assert_array_equal(got.X, expected.X)
+            assert (got.ids, got.classes, got.spec) == (expected.ids, expected.classes, expected.spec)
+        toy_store.write_bytes(whole)
+
+
+def _replace_dataset(path: Path, name: str, make: object) -> None:
+    with h5py.File(path, "r+") as file:
+        del file[name]
+        make(file)  # type: ignore[operator]
+
+
+HOSTILE = {
+    "chunked": lambda f: f.create_dataset("labels", data=np.zeros(10, "<i8"), chunks=(5,)),
+    "filtered": lambda f: f.create_dataset("labels", data=np.zeros(10, "<i8"), compression="gzip"),
+    "external storage": lambda f: f.create_dataset(
+        "labels", shape=(10,), dtype="<i8", external=[("/etc/passwd", 0, 80)]
+    ),
+    "external link": lambda f: f.__setitem__("labels", h5py.ExternalLink("other.h5", "/labels")),
+    "soft link": lambda f: f.__setitem__("labels", h5py.SoftLink("/splits")),
+    "big endian": lambda f: f.create_dataset("labels", data=np.zeros(10, ">i8")),
+    "another length": lambda f: f.create_dataset("labels", data=np.zeros(9, "<i8")),
+    "a group": lambda f: f.create_group("labels"),
+    "a shape bomb": lambda f: f.create_dataset("labels", shape=(1 << 40,), dtype="<i8"),
+    "nothing": lambda f: None,
+}
+
+
+@pytest.mark.parametrize("trick", HOSTILE)
+def test_a_dataset_no_store_has_is_refused(toy_store: Path, trick: str) -> None:
+    _replace_dataset(toy_store, "labels", HOSTILE[trick])
+    with pytest.raises(NotAStore, match="/labels|/blocks|/splits|/features"):
+        FeatureStore.open(toy_store)
+
+
+def test_two_datasets_on_the_same_bytes_are_refused(toy_store: Path) -> None:
+    with h5py.File(toy_store, "r+") as file:
+        del file["splits"]
+        file["splits"] = file["row_status"]
+    with pytest.raises(NotAStore, match="overlaps"):
+        FeatureStore.open(toy_store)
+
+
+def test_a_newer_format_says_to_upgrade(toy_store: Path) -> None:
+    with h5py.File(toy_store, "r+") as file:
+        file.attrs.create("encoding-version", np.bytes_(b"2"), dtype=h5py.string_dtype("utf-8", 1))
+    with pytest.raises(NotAStore, match="format 2.*Upgrade featcache"):
+        FeatureStore.open(toy_store)
+
+
+def test_other_files_are_not_stores(tmp_path: Path) -> None:
+    text = tmp_path / "a.h5"
+    text.write_text("hello")
+    with pytest.raises(NotAStore, match="not an HDF5 file"):
+        FeatureStore.open(text)
+    with h5py.File(tmp_path / "b.h5", "w"):
+        pass
+    with pytest.raises(NotAStore, match="not a feature store"):
+        FeatureStore.open(tmp_path / "b.h5")
+    with pytest.raises(NotAStore, match="not a regular file"):
+        FeatureStore.open(tmp_path)
+    with pytest.raises(NotAStore, match="No such file.*featcache embed"):
+        FeatureStore.open(tmp_path / "none.h5")
+
+
+def test_a_reader_keeps_its_rows_when_a_grown_store_takes_the_name(tmp_path: Path) -> None:
+    path = make_toy_store(tmp_path / "s.h5", n=10)
+    reader = FeatureStore.open(path)
+    os.replace(make_toy_store(tmp_path / "grown.h5", n=3), path)
+    assert reader.features().X.shape == (10, 3)
+    assert FeatureStore.open(path).features().X.shape == (3, 3)
+
+
+def test_a_store_without_labels_or_rows_of_odd_counts_round_trips(tmp_path: Path) -> None:
+    from featcache.records import NO_FILE, ImageRecord
+    from featcache.store.layout import RowTable, create_store
+
+    records = (ImageRecord(path="a.png", stat=NO_FILE),)
+    path = tmp_path / "one.h5"
+    create_store(
+        path, spec=toy_spec(), table=RowTable.from_records(records, ()), provenance={}, block_rows=256
+    )
+    write_toy_blocks(path)
+    features = FeatureStore.open(path).features()
+    assert (features.y.tolist(), features.classes, features.splits.tolist()) == ([-1], (), [""])
+
+
+def test_creating_in_a_place_without_space_or_permission_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DiskError, match="creating .*No such file or directory.*same command"):
+        make_toy_store(tmp_path / "missing" / "s.h5", n=4)
+
+
+def test_a_full_disk_leaves_no_file_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int, offset: int, length: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(DiskError, match="No space left on device.*free space"):
+        make_toy_store(tmp_path / "s.h5", n=4)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_second_writer_is_told_who_writes(tmp_path: Path) -> None:
+    path = tmp_path / "s.h5"
+    code = (
+        "import sys, time; from pathlib import Path; from featcache.store.lock import write_lock\n"
+        "with write_lock(Path(sys.argv[1])):\n print('locked', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"locked\n"
+        with pytest.raises(StoreLocked, match=f"process {other.pid} on .* since 20"), write_lock(path):
+            pass
+        other.kill()
+    with write_lock(path), pytest.raises(StoreLocked, match="this process already"), write_lock(path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_forked_child_does_not_hold_the_lock(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, time; from pathlib import Path; from featcache.store.lock import write_lock\n"
+        "lock = write_lock(Path(sys.argv[1])); lock.__enter__()\n"
+        "child = os.fork()\n"
+        "if child == 0:\n os.close(1); time.sleep(60)\n"
+        "print(child, flush=True); os._exit(0)"
+    )
+    path = tmp_path / "s.h5"
+    ran = subprocess.run([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, check=True)
+    child = int(ran.stdout)
+    try:
+        with write_lock(path):
+            pass
+    finally:
+        os.kill(child, 9)
+
+
+def test_half_precision_and_many_nodes_are_stored_as_asked(tmp_path: Path) -> None:
+    spec = toy_spec(store_dtype="float16", nodes=(FeatureNode(name="a", num_features=7),))
+    path = make_toy_store(tmp_path / "s.h5", n=9, spec=spec)
+    X = FeatureStore.open(path).features().X
+    assert X.dtype == np.float16
+    assert X[8].tolist() == [8, 9, 10, 11, 12, 13, 14]
+
+
+def test_the_torch_dataset_gives_rows_and_labels(toy_store: Path) -> None:
+    dataset = FeatureStore.open(toy_store).torch_dataset()
+    row, label = dataset[3]
+    assert (row.tolist(), label) == ([3, 4, 5], 1)
