@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Protocol
 
 from featcache.errors import DataError
-from featcache.images.folder import scan_folder
+from featcache.images.folder import find_images, scan_folder
 from featcache.images.manifest import scan_manifest
 from featcache.images.paths import show_path
 from featcache.records import Listing
+
+__all__ = ["SOURCES", "Scan", "Source", "find_images", "scan_images"]
 
 
 class Scan(Protocol):

@@ -241,7 +241,7 @@ def _centre_crop(image: Image.Image, crop: int) -> Image.Image:
 
 
 def _offset(length: int, crop: int) -> int:
-    return (length - crop) // 2
+    return round((length - crop) / 2.0)
 
 
 def _resize_centre(
