@@ -133,9 +133,11 @@ def embed(ctx: click.Context, /, data: Path, *, as_json: bool, quiet: bool, **op
     new or changed. Exit code 3: done, but some images failed.
     """
     from featcache.commands.embed import embed as run
+    from featcache.images.decode import silence_pillow_warnings
     from featcache.progress import make_progress
     from featcache.spec import PENULTIMATE
 
+    silence_pillow_warnings()
     options["nodes"] = options["nodes"] or (PENULTIMATE,)
     result = run(data, progress=make_progress(quiet=quiet), **options)
     _emit(result, as_json=as_json)
@@ -214,8 +216,10 @@ def predict(
     weights, or refused. Exit code 3: done, but some images could not be read.
     """
     from featcache.commands.predict import predict as run
+    from featcache.images.decode import silence_pillow_warnings
     from featcache.progress import make_progress
 
+    silence_pillow_warnings()
     if as_json and as_csv:
         raise click.UsageError("--json and --csv exclude each other.")
     result = run(model, images, progress=make_progress(quiet=quiet), **options)

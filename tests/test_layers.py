@@ -20,7 +20,7 @@ LAYERS = (
     {"commands"},
     {"filling", "reuse", "pipeline", "engines", "evaluate", "model"},
     {"images", "backbones", "store", "heads"},
-    {"spec", "records", "progress", "versions"},
+    {"spec", "records", "progress", "versions", "disk"},
     {"errors"},
 )
 # The operations that build on other operations: {importer: imported}.

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache import versions
-from featcache.backbones import load_backbone, locate_weights
-from featcache.backbones.weights import RANDOM, file_sha256
+from featcache.backbones import load_backbone, prove_weights
+from featcache.backbones.weights import RANDOM
+from featcache.disk import disk_errors, sync_directory
 from featcache.engines import Engine, make_engine
 from featcache.errors import StoreError, TooManyFailures
 from featcache.filling import StoreFilling
@@ -29,7 +30,7 @@ from featcache.progress import Progress, SilentProgress
 from featcache.records import Listing, RowStatus
 from featcache.reuse import ReusePlan, plan_reuse
 from featcache.spec import PENULTIMATE, FeatureSpec, Precision, StoreDtype, require_same_spec
-from featcache.store.layout import create_store, disk_errors, sync_directory
+from featcache.store.layout import create_store
 from featcache.store.lock import write_lock
 from featcache.store.reader import FeatureStore
 from featcache.store.writer import StoreWriter
@@ -169,7 +170,7 @@ def embed(
 
 def _absolute(weights: str | None) -> str | None:
     """A weights file by its absolute path, so that the request means the same from every directory."""
-    return str(Path(weights).absolute()) if weights and weights != "random" else weights
+    return str(Path(weights).absolute()) if weights and weights != RANDOM else weights
 
 
 @dataclass(kw_only=True)
@@ -248,7 +249,7 @@ class _Run:
     def _settle_spec(self, stores: Sequence[FeatureStore]) -> tuple[FeatureSpec, str]:
         """The spec asked for and how it is known; SpecMismatch when a store holds another."""
         for store in reversed(stores):
-            proof = _prove_weights(store.provenance, self.request)
+            proof = prove_weights(store.provenance, self.request.as_json())
             if proof:
                 self.spec = store.spec
                 return store.spec, proof
@@ -412,27 +413,6 @@ class _Run:
             store_bytes=self.output.stat().st_size if self.output.exists() else 0,
             dry_run=dry_run,
         )
-
-
-def _prove_weights(provenance: Mapping[str, Any], request: EmbedRequest) -> str | None:
-    """How the weights asked for are known to be the recorded ones without loading them; None if they are not.
-
-    The same request to the same libraries names the same file, and the file's bytes are compared. A user's
-    own code may do anything, so it is always run.
-    """
-    recorded = provenance["weights"]
-    if provenance["request"] != request.as_json() or recorded["source"] == "user":
-        return None
-    if not versions.same_backbone_libraries(provenance["versions"]):
-        return None
-    if request.weights == RANDOM:
-        return f"random weights of seed {request.seed} by the same torch"
-    if not recorded["path"]:
-        return None
-    file = locate_weights(request.backbone, request.weights, file_name=Path(recorded["path"]).name)
-    if file is None or file_sha256(file) != recorded["file_sha256"]:
-        return None
-    return f"weights file {file.name} has the sha256 recorded"
 
 
 def _failures(

@@ -1,0 +1,1 @@
+"""How a head is chosen and scored: splits by image content, cross-validation, metrics with intervals."""

@@ -12,8 +12,7 @@ import mmap
 import os
 import stat
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.errors import DamagedStore, DiskError, NotAStore
+from featcache.disk import disk_errors, sync_directory
+from featcache.errors import DamagedStore, NotAStore
 from featcache.records import SPLITS, ImageRecord
 from featcache.spec import FeatureSpec
 
@@ -239,28 +239,6 @@ def _take_space(fd: int) -> None:
     """Reserve every block of the file, so that a full disk is met here and not in the middle of the run."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(fd, 0, os.fstat(fd).st_size)
-
-
-def sync_directory(directory: Path) -> None:
-    """Make a rename in `directory` survive a power cut."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-@contextmanager
-def disk_errors(path: Path, *, doing: str) -> Iterator[None]:
-    """Turn an OSError into the one line a user needs."""
-    try:
-        yield
-    except OSError as exc:
-        reason = os.strerror(exc.errno) if exc.errno else str(exc)
-        raise DiskError(
-            f"{doing} {path} failed: {reason}. What was acknowledged is kept; "
-            "free space or choose another --output, then run the same command again."
-        ) from exc
 
 
 def read_layout(path: Path) -> StoreLayout:

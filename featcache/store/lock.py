@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+from featcache.disk import disk_errors
 from featcache.errors import StoreLocked
-from featcache.store.layout import disk_errors
 
 # Closing any descriptor of a file drops all record locks this process has on it, so a second lock of the
 # same store in one process must be refused before its file is opened.

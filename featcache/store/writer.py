@@ -15,9 +15,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache.disk import disk_errors
 from featcache.records import RowStatus
 from featcache.store.blocks import BlockCheck, chain_crc, make_record
-from featcache.store.layout import Region, StoreLayout, disk_errors
+from featcache.store.layout import Region, StoreLayout
 
 GROUP_BYTES = 16 << 20
 GROUP_SECONDS = 5.0

@@ -1,0 +1,215 @@
+"""Any scikit-learn classifier by its class name, saved without pickle through skops."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import softmax
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from featcache.errors import HeadError, ModelError
+from featcache.heads.base import Head
+from featcache.heads.parameters import nearest, require_known
+
+# What a model file may hold beside the types skops trusts by itself: the trees, whose indices are checked
+# below, the training state of the perceptron and the parts of a calibrated classifier.
+TRUSTED = frozenset(
+    {
+        "sklearn.calibration._CalibratedClassifier",
+        "sklearn.calibration._SigmoidCalibration",
+        "sklearn.neural_network._stochastic_optimizers.AdamOptimizer",
+        "sklearn.neural_network._stochastic_optimizers.SGDOptimizer",
+        "sklearn.tree._tree.Tree",
+    }
+)
+
+
+class EstimatorHead(Head):
+    """A scikit-learn classifier behind a StandardScaler, with the parameters the user gave it.
+
+    Parameters
+    ----------
+    estimator : class name of the classifier.
+    params : its parameters; others keep scikit-learn's defaults.
+    seed : its random_state, where it has one and `params` does not set it.
+    """
+
+    pipeline_: Pipeline
+    warnings_: tuple[str, ...]
+
+    def __init__(
+        self,
+        estimator: str = "LinearDiscriminantAnalysis",
+        *,
+        params: Mapping[str, Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.estimator = estimator
+        self.params = params
+        self.seed = seed
+
+    def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
+        """The estimator's probabilities, or the softmax of its scores where it has none.
+
+        An estimator with neither gets 0.99 for its label and an even share of the rest for the others.
+        """
+        X = self._check_input(X)
+        pipeline, n_classes = self.pipeline_, len(self.classes_)
+        if hasattr(pipeline, "predict_proba"):
+            return np.asarray(pipeline.predict_proba(X), dtype=np.float64)
+        if hasattr(pipeline, "decision_function"):
+            scores = np.asarray(pipeline.decision_function(X), dtype=np.float64)
+            if scores.ndim == 1:
+                scores = np.stack([np.zeros_like(scores), scores], axis=1)
+            if scores.shape[1] == n_classes:
+                probabilities: NDArray[np.float64] = softmax(scores, axis=1)
+                return probabilities
+        said = pipeline.predict(X)[:, None] == np.arange(n_classes)
+        return np.where(said, 0.99, 0.01 / (n_classes - 1))
+
+    def column_scores(self, X: NDArray[Any]) -> NDArray[np.float64]:
+        return np.log(np.maximum(self.predict_proba(X), 1e-300))
+
+    def predict(self, X: ArrayLike) -> NDArray[Any]:
+        """What the estimator itself predicts."""
+        X = self._check_input(X)
+        labels: NDArray[Any] = self.classes_[self.pipeline_.predict(X)]
+        return labels
+
+    def to_arrays(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        with _torch_left_alone():
+            from skops.io import dumps, get_untrusted_types
+
+            data = dumps(self.pipeline_)
+            unknown = sorted(set(get_untrusted_types(data=data)) - TRUSTED)
+        if unknown:
+            raise HeadError(
+                f"sklearn:{self.estimator} holds {unknown[0]}, which a model file may not contain. "
+                "Choose another head; featcache fit --help lists them."
+            )
+        return {"skops": np.frombuffer(data, dtype=np.uint8)}, {
+            "n_classes": len(self.classes_),
+            "n_features": self.n_features_in_,
+        }
+
+    @classmethod
+    def from_arrays(
+        cls, arrays: Mapping[str, NDArray[Any]], rest: Mapping[str, Any], *, params: Mapping[str, Any]
+    ) -> Self:
+        head = cls(**params)
+        head.pipeline_ = _load_pipeline(arrays["skops"].tobytes(), n_features=rest["n_features"])
+        head._restore(n_classes=rest["n_classes"], n_features=rest["n_features"])
+        if not np.array_equal(head.pipeline_.classes_, head.classes_):
+            raise ModelError("the scikit-learn estimator of this model has other classes than the model")
+        return head
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return getattr(self, "warnings_", ())
+
+    def _fit(self, X: NDArray[Any], codes: NDArray[np.intp]) -> None:
+        pipeline = make_pipeline(StandardScaler(), self._build())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            self.pipeline_ = pipeline.fit(_wide_enough(X), codes)
+        said = dict.fromkeys(f"{w.category.__name__}: {_first_line(w.message)}" for w in caught)
+        self.warnings_ = tuple(said)
+
+    def _build(self) -> Any:
+        given = dict(self.params or {})
+        kind = _find_classifier(self.estimator)
+        try:
+            defaults = kind().get_params()
+        except TypeError as error:
+            raise HeadError(
+                f"sklearn:{self.estimator} needs another estimator as its parameter, which a command line "
+                "cannot give. Choose another classifier."
+            ) from error
+        require_known(given, defaults, what=f"sklearn:{self.estimator}")
+        if "random_state" in defaults and "random_state" not in given:
+            given["random_state"] = self.seed
+        return kind(**given)
+
+
+def _find_classifier(name: str) -> Any:
+    """scikit-learn's classifier of this class name; HeadError naming the nearest otherwise."""
+    with _torch_left_alone():
+        from sklearn.utils import all_estimators
+
+        known = dict(all_estimators(type_filter="classifier"))
+    if name not in known:
+        raise HeadError(f"scikit-learn has no classifier {name!r}. Did you mean {nearest(name, known)}?")
+    return known[name]
+
+
+def _wide_enough(X: NDArray[Any]) -> NDArray[Any]:
+    """float16 becomes float32, which is the least scikit-learn's estimators compute in."""
+    return X.astype(np.float32) if X.dtype == np.float16 else X
+
+
+def _first_line(message: Warning | str) -> str:
+    return str(message).strip().splitlines()[0]
+
+
+@contextmanager
+def _torch_left_alone() -> Iterator[None]:
+    """Keep scikit-learn's list of estimators from importing torch.
+
+    The list is made by importing every module of scikit-learn, among them a layer for torch arrays, and
+    skops makes it when it is imported. A None in `sys.modules` is Python's own way to say "not there".
+    """
+    layer = "sklearn.externals.array_api_compat.torch"
+    if "torch" in sys.modules or layer in sys.modules:
+        yield
+        return
+    sys.modules[layer] = None  # type: ignore[assignment]  # what the import system looks for
+    try:
+        yield
+    finally:
+        del sys.modules[layer]
+
+
+def _load_pipeline(data: bytes, *, n_features: int) -> Any:
+    """The pipeline in `data`; ModelError naming the first type that is neither skops' nor ours."""
+    with _torch_left_alone():
+        from skops.io import get_untrusted_types, loads
+
+        unknown = set(get_untrusted_types(data=data))
+        if unknown - TRUSTED:
+            raise ModelError(
+                f"this model holds {min(unknown - TRUSTED)}, a type that featcache does not load. "
+                "Fit the model again with this version."
+            )
+        pipeline = loads(data, trusted=sorted(unknown))
+    if not isinstance(pipeline, Pipeline) or pipeline.n_features_in_ != n_features:
+        raise ModelError("the scikit-learn estimator of this model does not fit its features")
+    for tree in _trees(pipeline[-1]):
+        _check_tree(tree, n_features=n_features)
+    return pipeline
+
+
+def _trees(estimator: Any) -> Iterator[Any]:
+    """Every fitted tree inside an estimator."""
+    if hasattr(estimator, "tree_"):
+        yield estimator.tree_
+    parts = getattr(estimator, "estimators_", ())
+    for part in np.asarray(parts, dtype=object).ravel():
+        yield from _trees(part)
+
+
+def _check_tree(tree: Any, *, n_features: int) -> None:
+    """scikit-learn follows a tree's indices without looking: refuse those that lead outside of it."""
+    left, right, feature = tree.children_left, tree.children_right, tree.feature
+    node, inner = np.arange(tree.node_count), left != -1
+    # Children come after their parent, as scikit-learn writes them: so no walk is endless.
+    forward = (left > node) & (left < tree.node_count) & (right > node) & (right < tree.node_count)
+    known = (feature >= 0) & (feature < n_features)
+    if tree.n_features > n_features or not np.all(~inner | (forward & known)):
+        raise ModelError("a decision tree of this model has indices that lead outside of it")

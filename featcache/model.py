@@ -1,0 +1,199 @@
+"""The model file: a fitted head with the identity of its backbone, one safetensors file, no pickle.
+
+Knows arrays and JSON. Describing a model needs neither torch nor scikit-learn; `predict_proba` imports what
+its head needs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from featcache.disk import write_atomically
+from featcache.errors import HeadError, ModelError
+from featcache.heads import find_head
+from featcache.spec import FeatureNode, FeatureSpec
+
+if TYPE_CHECKING:
+    from featcache.heads.base import Head
+
+ENCODING_TYPE = "featcache-model"
+ENCODING_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Model:
+    """A fitted head and what is needed to give it the features it was fitted on.
+
+    arrays, rest: what the head's `to_arrays` gave. params: the parameters it was built with.
+    provenance: of the store, with at least the request for the backbone and the identity of its weights.
+    metrics: of the rows held out. chosen: how the parameters were chosen.
+    """
+
+    head_name: str
+    params: Mapping[str, Any]
+    arrays: Mapping[str, NDArray[Any]]
+    rest: Mapping[str, Any]
+    classes: tuple[str, ...]
+    spec: FeatureSpec
+    node: FeatureNode
+    provenance: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    chosen: Mapping[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the spec of the store the head was fitted on."""
+        return self.spec.fingerprint()
+
+    @property
+    def weights(self) -> Mapping[str, Any]:
+        """The identity and source of the backbone's weights, as the store recorded them."""
+        found: Mapping[str, Any] = self.provenance["weights"]
+        return found
+
+    @property
+    def request(self) -> Mapping[str, Any]:
+        """What was asked for when the store was made: the backbone's name, its weights, its seed."""
+        found: Mapping[str, Any] = self.provenance["request"]
+        return found
+
+    @cached_property
+    def head(self) -> Head:
+        """The fitted head, built from the arrays when it is first used; its classes are 0 … n - 1."""
+        kind = find_head(self.head_name)
+        try:
+            return kind.load().from_arrays(self.arrays, self.rest, params=self.params)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"the {self.head_name} head of this model cannot be rebuilt: {error}. Fit it again."
+            ) from error
+
+    def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
+        """Probabilities of `classes` for feature vectors X of shape (n_samples, num_features)."""
+        probabilities: NDArray[np.float64] = self.head.predict_proba(X)
+        return probabilities
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file under a temporary name, then rename it. DiskError: no space, no permission."""
+        about = {
+            "head": self.head_name,
+            "params": dict(self.params),
+            "rest": dict(self.rest),
+            "classes": list(self.classes),
+            "spec": json.loads(self.spec.to_json()),
+            "fingerprint": self.fingerprint,
+            "node": self.node.key,
+            "provenance": dict(self.provenance),
+            "metrics": dict(self.metrics),
+            "chosen": dict(self.chosen),
+        }
+        metadata = {
+            "encoding-type": ENCODING_TYPE,
+            "encoding-version": str(ENCODING_VERSION),
+            "model": json.dumps(about, sort_keys=True),
+        }
+        arrays = {name: np.ascontiguousarray(array) for name, array in self.arrays.items()}
+        write_atomically(Path(path), save(arrays, metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a model file. ModelError when it is another kind of file, newer, damaged or inconsistent."""
+        path = Path(path)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise ModelError(f"{path} cannot be opened: {error.strerror}.") from error
+        about = _read_about(path, data)
+        try:
+            arrays = load(data)
+        except SafetensorError as error:
+            raise ModelError(
+                f"{path} is damaged or cut short: {error}. Fit again, or copy it again."
+            ) from error
+        try:
+            model = cls(**_fields(about), arrays=arrays)
+            kind_arrays = find_head(model.head_name).arrays
+        except (HeadError, KeyError, TypeError, ValueError, StopIteration) as error:
+            _refuse(path, f"its description cannot be read ({type(error).__name__}: {error})")
+        _check_arrays(path, model, kind_arrays)
+        return model
+
+
+def _read_about(path: Path, data: bytes) -> dict[str, Any]:
+    """The JSON description, from a header that is checked before anything else is looked at."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 10 or data[8:9] != b"{":
+        raise ModelError(
+            f"{path} is not a model file: a safetensors file is expected, and pickles are never opened. "
+            "`featcache fit` writes one."
+        )
+    if len(data) < 8 + length:
+        raise ModelError(f"{path} is cut short at {len(data)} bytes. Fit again, or copy it again.")
+    try:
+        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+        kind, version = metadata.get("encoding-type"), metadata.get("encoding-version", "0")
+        if kind != ENCODING_TYPE:
+            raise ModelError(f"{path} is a safetensors file, but not a featcache model ({kind!r}).")
+        if int(version) > ENCODING_VERSION:
+            raise ModelError(f"{path} was written by format {version}: upgrade featcache to read it.")
+        about: dict[str, Any] = json.loads(metadata["model"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{path} has a damaged header: {error}. Fit again, or copy it again.") from error
+    return about
+
+
+def _fields(about: Mapping[str, Any]) -> dict[str, Any]:
+    spec = FeatureSpec.from_json(json.dumps(about["spec"]))
+    if spec.fingerprint() != about["fingerprint"]:
+        raise ValueError("the fingerprint is not that of the spec")
+    return {
+        "head_name": about["head"],
+        "params": dict(about["params"]),
+        "rest": dict(about["rest"]),
+        "classes": tuple(about["classes"]),
+        "spec": spec,
+        "node": next(node for node in spec.nodes if node.key == about["node"]),
+        "provenance": dict(about["provenance"]),
+        "metrics": dict(about["metrics"]),
+        "chosen": dict(about["chosen"]),
+    }
+
+
+def _check_arrays(path: Path, model: Model, expected: Mapping[str, tuple[str, ...]]) -> None:
+    """Names, shapes and values of the arrays, against the classes and the node's features."""
+    sizes: dict[str, int] = {"K": len(model.classes), "D": model.node.num_features}
+    if set(model.arrays) != set(expected):
+        _refuse(path, f"it holds the arrays {sorted(model.arrays)}, not {sorted(expected)}")
+    for name, letters in expected.items():
+        array = model.arrays[name]
+        if array.ndim != len(letters):
+            _refuse(path, f"{name} has {array.ndim} dimensions, not {len(letters)}")
+        wanted = tuple(
+            sizes.setdefault(letter, size) for letter, size in zip(letters, array.shape, strict=True)
+        )
+        if array.shape != wanted:
+            _refuse(
+                path,
+                f"{name} has shape {array.shape}, but {sizes['K']} classes of {sizes['D']} features "
+                f"need {wanted}",
+            )
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            _refuse(path, f"{name} holds values that are not finite")
+    for name, size in (("n_classes", "K"), ("n_features", "D")):
+        if model.rest.get(name, sizes[size]) != sizes[size]:
+            _refuse(path, f"{name} is {model.rest[name]}, not {sizes[size]}")
+
+
+def _refuse(path: Path, why: str) -> NoReturn:
+    raise ModelError(f"{path} cannot be used: {why}. Fit the model again.")

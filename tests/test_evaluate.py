@@ -1,0 +1,140 @@
+"""Splits by content, metrics by hand, and selection that sees training rows only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.metrics import log_loss
+
+from featcache.evaluate.metrics import expected_calibration_error, score, wilson_interval
+from featcache.evaluate.select import select
+from featcache.evaluate.splits import NEVER, hold_out, make_folds
+from featcache.heads import HEADS
+
+
+def digests(n: int, *, seed: int = 0) -> Any:
+    return np.random.default_rng(seed).integers(0, 256, size=(n, 32), dtype=np.uint8)
+
+
+def test_the_hold_out_is_a_fifth_and_neither_order_nor_new_images_move_an_image() -> None:
+    sha, y = digests(2000), np.arange(2000) % 4
+    test = hold_out(sha, y)
+    assert 0.17 < test.mean() < 0.23
+    order = np.random.default_rng(1).permutation(2000)
+    np.testing.assert_array_equal(hold_out(sha[order], y[order]), test[order])
+    np.testing.assert_array_equal(hold_out(sha[:1000], y[:1000]), test[:1000])
+    np.testing.assert_array_equal(test, sha[:, 0].astype(int) * 256 + sha[:, 1] < 0.2 * 65536)
+
+
+@pytest.mark.parametrize("first_byte", [0, 255])
+def test_a_class_of_two_images_has_one_on_each_side(first_byte: int) -> None:
+    sha = digests(4)
+    sha[:, 0] = first_byte
+    y = np.array([0, 0, 1, 1])
+    test = hold_out(sha, y)
+    assert [test[y == k].sum() for k in (0, 1)] == [1, 1]
+
+
+def test_identical_images_stay_on_one_side_and_in_one_fold() -> None:
+    sha, y = np.repeat(digests(40), 3, axis=0), np.repeat(np.arange(40) % 2, 3)
+    for side in (hold_out(sha, y), make_folds(sha, y, seed=0).fold):
+        assert all(len(set(three)) == 1 for three in side.reshape(-1, 3).tolist())
+
+
+def test_folds_spread_every_class_and_follow_the_seed_not_the_order() -> None:
+    sha, y = digests(103), np.arange(103) % 3
+    folds = make_folds(sha, y, seed=0)
+    counts = np.array([np.bincount(folds.fold[y == k], minlength=5) for k in range(3)])
+    assert folds.n_folds == 5
+    assert (np.ptp(counts, axis=1) <= 1).all()
+    assert np.ptp(counts.sum(axis=0)) <= 1
+    np.testing.assert_array_equal(make_folds(sha[::-1], y[::-1], seed=0).fold[::-1], folds.fold)
+    assert (make_folds(sha, y, seed=1).fold != folds.fold).any()
+
+
+def test_small_classes_lower_the_folds_and_single_images_are_never_held_out() -> None:
+    y = np.array([0] * 9 + [1] * 3 + [2])
+    folds = make_folds(digests(13), y, seed=0)
+    assert folds.n_folds == 3
+    assert folds.fold[-1] == NEVER
+    assert make_folds(digests(3), np.arange(3), seed=0).n_folds == 0
+
+
+def test_metrics_are_what_one_counts_by_hand() -> None:
+    y = np.array([0, 0, 0, 1, -1])
+    p = np.array([[0.8, 0.2, 0], [0.6, 0.4, 0], [0.3, 0.7, 0], [0.1, 0.9, 0], [1, 0, 0]])
+    m = score(y, p, ("a", "b", "c"))
+    assert (m.n, m.accuracy, m.top5) == (4, 0.75, None)
+    assert m.mean_per_class_accuracy == pytest.approx((2 / 3 + 1) / 2)
+    assert m.nll == pytest.approx(log_loss(y[:4], p[:4, :2]))
+    assert m.confusion == ((2, 1, 0), (0, 1, 0), (0, 0, 0))
+    assert m.per_class[1].precision == 0.5
+    assert m.per_class[2].accuracy is None
+
+
+def test_a_class_the_head_does_not_know_counts_as_an_error() -> None:
+    p = np.tile([0.5, 0.5, 0, 0, 0, 0], (2, 1))
+    m = score(np.array([0, 5]), p, tuple("abcdef"))
+    assert (m.accuracy, m.top5) == (0.5, 0.5)
+    assert np.isfinite(m.nll)
+
+
+def test_the_interval_is_wilsons() -> None:
+    assert wilson_interval(145, 153) == pytest.approx((0.9002, 0.9733), abs=1e-4)
+    assert wilson_interval(0, 10)[0] == 0.0
+    assert wilson_interval(10, 10)[1] == pytest.approx(1.0)
+
+
+def test_the_calibration_error_weighs_the_gap_of_each_bin() -> None:
+    confidence, correct = np.array([1.0, 1.0, 0.5, 0.5]), np.array([True, False, True, True])
+    assert expected_calibration_error(confidence, correct) == pytest.approx(0.5)
+
+
+def noisy(n: int = 120) -> tuple[Any, Any]:
+    rng = np.random.default_rng(0)
+    y = np.arange(n) % 3
+    return rng.normal(size=(3, 6))[y] * 0.7 + rng.normal(size=(n, 6)), y
+
+
+def choose(name: str, params: Any = None, *, kind: Any = None) -> Any:
+    X, y = noisy()
+    folds = make_folds(digests(len(y)), y, seed=0)
+    return select(name, kind or HEADS[name], params or {}, X=X, y=y, folds=folds, seed=0)
+
+
+@pytest.mark.parametrize("name", [n for n in HEADS if HEADS[n].searched and n != "linear"])
+def test_selection_takes_the_best_candidate_and_repeats_itself(name: str) -> None:
+    kind, found = HEADS[name], choose(name)
+    cost = [c.nll if kind.criterion == "nll" else -c.accuracy for c in found.candidates]
+    chosen = found.params[str(kind.searched)]
+    assert min(cost) == cost[[c.value for c in found.candidates].index(chosen)]
+    assert found == choose(name)
+
+
+def test_a_grid_grows_until_its_best_is_inside() -> None:
+    import dataclasses
+
+    kind = dataclasses.replace(HEADS["logistic"], grid=(1e-4, 1e-3))
+    values = [c.value for c in choose("logistic", kind=kind).candidates]
+    chosen = choose("logistic", kind=kind).params["C"]
+    assert len(values) > 2
+    assert values[0] < chosen < values[-1]
+
+
+def test_giving_the_searched_parameter_ends_the_search_but_not_the_calibration() -> None:
+    assert choose("logistic", {"C": 1}).candidates == ()
+    found = choose("ridge", {"alpha": 2.0})
+    assert found.candidates == ()
+    assert found.params["alpha"] == 2.0
+    assert found.params["temperature"] != 1.0
+
+
+def test_ties_go_to_the_stronger_regularisation() -> None:
+    X = np.repeat(np.eye(2), 40, axis=0)
+    y = np.repeat([0, 1], 40)
+    folds = make_folds(digests(80), y, seed=0)
+    found = select("knn", HEADS["knn"], {}, X=X, y=y, folds=folds, seed=0)
+    best = max(c.accuracy for c in found.candidates)
+    assert found.params["k"] == max(c.value for c in found.candidates if c.accuracy == best)
