@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +30,18 @@ if TYPE_CHECKING:
 
 ENCODING_TYPE = "featcache-model"
 ENCODING_VERSION = 1
+
+# What the rebuilding of a head raises on odd content; skops, whose archives are zip files, adds its own.
+_REBUILD_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    TypeError,
+    ValueError,
+    zipfile.BadZipFile,
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,14 +71,23 @@ class Model:
 
     @property
     def weights(self) -> Mapping[str, Any]:
-        """The identity and source of the backbone's weights, as the store recorded them."""
-        found: Mapping[str, Any] = self.provenance["weights"]
-        return found
+        """The identity and source of the backbone's weights, as the store recorded them.
+
+        ModelError where the file does not say them, here and in `request`.
+        """
+        return self._recorded("weights", texts=("source", "label"))
 
     @property
     def request(self) -> Mapping[str, Any]:
         """What was asked for when the store was made: the backbone's name, its weights, its seed."""
-        found: Mapping[str, Any] = self.provenance["request"]
+        return self._recorded("request", texts=("backbone",))
+
+    def _recorded(self, name: str, *, texts: tuple[str, ...]) -> Mapping[str, Any]:
+        found = self.provenance.get(name)
+        if not isinstance(found, Mapping) or not all(isinstance(found.get(text), str) for text in texts):
+            raise ModelError(
+                f"this model does not say which {' and '.join(texts)} its {name} had. Fit it again on a store."
+            )
         return found
 
     @cached_property
@@ -74,9 +96,9 @@ class Model:
         kind = find_head(self.head_name)
         try:
             return kind.load().from_arrays(self.arrays, self.rest, params=self.params)
-        except (KeyError, TypeError, ValueError) as error:
+        except _REBUILD_ERRORS as error:
             raise ModelError(
-                f"the {self.head_name} head of this model cannot be rebuilt: {error}. Fit it again."
+                f"the {self.head_name} head of this model cannot be rebuilt: {_one_line(error)}. Fit it again."
             ) from error
 
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
@@ -110,10 +132,7 @@ class Model:
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read a model file. ModelError when it is another kind of file, newer, damaged or inconsistent."""
         path = Path(path)
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise ModelError(f"{path} cannot be opened: {error.strerror}.") from error
+        data = _read_bytes(path)
         about = _read_about(path, data)
         try:
             arrays = load(data)
@@ -124,20 +143,36 @@ class Model:
         try:
             model = cls(**_fields(about), arrays=arrays)
             kind_arrays = find_head(model.head_name).arrays
-        except (HeadError, KeyError, TypeError, ValueError, StopIteration) as error:
-            _refuse(path, f"its description cannot be read ({type(error).__name__}: {error})")
+        except (HeadError, KeyError, TypeError, ValueError) as error:
+            _refuse(path, f"its description cannot be read ({type(error).__name__}: {_one_line(error)})")
         _check_arrays(path, model, kind_arrays)
         return model
+
+
+def _read_bytes(path: Path) -> bytes:
+    """The file, read whole only if it begins as a safetensors file does: it may be a store of many GB."""
+    if path.exists() and not path.is_file():
+        raise ModelError(f"{path} is not a regular file. `featcache fit` writes a model file.")
+    try:
+        with open(path, "rb") as file:
+            start = file.read(10)
+            if start.startswith(b"\x89HDF"):
+                raise ModelError(
+                    f"{path} is a feature store, not a model. Fit one on it: featcache fit {path} -o MODEL."
+                )
+            if len(start) < 10 or start[8:9] != b"{":
+                raise ModelError(
+                    f"{path} is not a model file: a safetensors file is expected, and pickles are never "
+                    "opened. `featcache fit` writes one."
+                )
+            return start + file.read()
+    except OSError as error:
+        raise ModelError(f"{path} cannot be opened: {error.strerror}.") from error
 
 
 def _read_about(path: Path, data: bytes) -> dict[str, Any]:
     """The JSON description, from a header that is checked before anything else is looked at."""
     length = int.from_bytes(data[:8], "little")
-    if len(data) < 10 or data[8:9] != b"{":
-        raise ModelError(
-            f"{path} is not a model file: a safetensors file is expected, and pickles are never opened. "
-            "`featcache fit` writes one."
-        )
     if len(data) < 8 + length:
         raise ModelError(f"{path} is cut short at {len(data)} bytes. Fit again, or copy it again.")
     try:
@@ -148,7 +183,7 @@ def _read_about(path: Path, data: bytes) -> dict[str, Any]:
         if int(version) > ENCODING_VERSION:
             raise ModelError(f"{path} was written by format {version}: upgrade featcache to read it.")
         about: dict[str, Any] = json.loads(metadata["model"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ModelError(f"{path} has a damaged header: {error}. Fit again, or copy it again.") from error
     return about
 
@@ -157,13 +192,17 @@ def _fields(about: Mapping[str, Any]) -> dict[str, Any]:
     spec = FeatureSpec.from_json(json.dumps(about["spec"]))
     if spec.fingerprint() != about["fingerprint"]:
         raise ValueError("the fingerprint is not that of the spec")
+    nodes = {node.key: node for node in spec.nodes}
+    classes = tuple(about["classes"])
+    if len(classes) < 2 or len(set(classes)) < len(classes) or not all(isinstance(c, str) for c in classes):
+        raise ValueError("classes are two or more different names")
     return {
         "head_name": about["head"],
         "params": dict(about["params"]),
         "rest": dict(about["rest"]),
-        "classes": tuple(about["classes"]),
+        "classes": classes,
         "spec": spec,
-        "node": next(node for node in spec.nodes if node.key == about["node"]),
+        "node": nodes[about["node"]],
         "provenance": dict(about["provenance"]),
         "metrics": dict(about["metrics"]),
         "chosen": dict(about["chosen"]),
@@ -193,6 +232,10 @@ def _check_arrays(path: Path, model: Model, expected: Mapping[str, tuple[str, ..
     for name, size in (("n_classes", "K"), ("n_features", "D")):
         if model.rest.get(name, sizes[size]) != sizes[size]:
             _refuse(path, f"{name} is {model.rest[name]}, not {sizes[size]}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _refuse(path: Path, why: str) -> NoReturn:

@@ -155,15 +155,18 @@ def test_the_minibatch_head_leaves_the_global_generator_alone_and_repeats_itself
     first, second = (MinibatchHead(seed=1).fit(X, y).coef_ for _ in range(2))
     assert torch.equal(before, torch.get_rng_state())
     np.testing.assert_array_equal(first, second)
-    assert not np.array_equal(first, MinibatchHead(seed=2, batch_size=8).fit(X, y).coef_)
+    big, labels = blobs(n=600)  # the seed orders rows, which matters once there are several steps an epoch
+    one, other = (MinibatchHead(seed=seed).fit(big, labels).coef_ for seed in (1, 2))
+    assert not np.array_equal(one, other)
 
 
 def test_the_batch_size_of_the_minibatch_head_does_not_decide_the_result() -> None:
+    """Trap: a learning rate tied to the batch size."""
     X, y = blobs(n=1024, gap=0.5)
     small, large = (
         MinibatchHead(batch_size=size, epochs=20, lr=1e-2).fit(X, y).predict_proba(X) for size in (32, 512)
     )
-    assert np.abs(small - large).max() < 0.05
+    assert np.abs(small - large).max() < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,8 @@ class Info:
 def info(file: str | os.PathLike[str]) -> Info:
     """Describe a feature store or a model file. NotAStore or ModelError when it is neither or damaged."""
     path = Path(file)
+    if path.exists() and not path.is_file():
+        raise NotAStore(f"{path} is not a regular file: a store or a model file is expected.")
     try:
         with open(path, "rb") as opened:
             head = opened.read(9)

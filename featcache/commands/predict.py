@@ -125,14 +125,15 @@ def predict(
 
 
 def _load_same_backbone(model: Model, *, where: str, weights: str | None, allowed: str | None) -> Backbone:
-    name, request = model.spec.backbone, model.request
+    request = model.request
+    name = request["backbone"]  # what is loaded below: the spec's name is not what decides which code runs
     if ":" in name and allowed != name:
         raise ModelError(
             f"{where} needs the code of its own backbone {name!r}, and a model file is not trusted to name "
             f"code to run: repeat it as --backbone {name} to allow it."
         )
-    recorded = model.weights.get("path") if model.weights["source"] == "file" else request["weights"]
-    loaded = load_backbone(request["backbone"], weights=weights or recorded, seed=request["seed"])
+    recorded = model.weights.get("path") if model.weights["source"] == "file" else request.get("weights")
+    loaded = load_backbone(name, weights=weights or recorded, seed=request.get("seed", 0))
     if loaded.weights.sha256 != model.spec.weights_sha256:
         raise BackboneError(
             f"{where} was fitted on features of {name} with weights {model.spec.weights_sha256[:12]}…; the "

@@ -66,7 +66,7 @@ HEADS: Mapping[str, HeadKind] = {
             searched="C",
             grid=tuple(10.0**e for e in (-4, -3.5, -3, -2.5, -2, -1.5, -1, -0.5, 0)),
             factor=10**0.5,
-            search_params={"tol": 1e-6},
+            search_params={"tol": 1e-5},
         ),
         HeadKind(
             name="ridge",

@@ -10,24 +10,23 @@ from numpy.typing import NDArray
 from featcache.heads.base import LinearHead, require_count, require_positive
 from featcache.heads.standardize import Standardizer
 
-REFERENCE_BATCH = 256
+STEP_ROWS = 256
 
 
 class MinibatchHead(LinearHead):
     """torch.nn.Linear on standardised features, cross-entropy, AdamW with a cosine schedule.
 
     The weights start at zero and the rows are drawn by a generator of its own, so that the seed decides
-    everything and the global generators of torch and numpy are not touched. The learning rate is that of
-    batches of 256 rows and is scaled by batch / 256: AdamW's steps are as long as its rate, so that an epoch
-    moves, and decays, the weights as far with few large batches as with many small ones, and the batch size
-    decides speed and memory, not the result.
+    everything and the global generators of torch and numpy are not touched. A step is taken for every 256
+    rows, whatever `batch_size`: larger steps are gathered from several batches, so that the batch size
+    decides memory and not the result, and the learning rate needs no scaling with it.
 
     Parameters
     ----------
     weight_decay : decoupled decay of the weights; the bias has none.
-    lr : peak learning rate for batches of 256.
+    lr : peak learning rate.
     epochs : passes over the training rows.
-    batch_size : rows of a step; all rows when there are fewer.
+    batch_size : rows of one forward pass, at most the 256 of a step.
     seed : of the order of the rows.
     """
 
@@ -65,8 +64,6 @@ class MinibatchHead(LinearHead):
         import torch
 
         Z, targets = torch.from_numpy(rows), torch.from_numpy(codes.astype(np.int64))
-        batch = min(self.batch_size, len(Z))
-        scale = batch / REFERENCE_BATCH
         # Built without storage, since the constructor fills it from the global generator.
         layer = torch.nn.Linear(Z.shape[1], len(self.classes_), device="meta").to_empty(device="cpu")
         torch.nn.init.zeros_(layer.weight)
@@ -75,17 +72,17 @@ class MinibatchHead(LinearHead):
             {"params": [layer.weight], "weight_decay": self.weight_decay},
             {"params": [layer.bias], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=self.lr * scale)
-        steps = self.epochs * -(-len(Z) // batch)
+        optimizer = torch.optim.AdamW(groups, lr=self.lr)
+        steps = self.epochs * -(-len(Z) // STEP_ROWS)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
         generator = torch.Generator().manual_seed(self.seed)
         for _ in range(self.epochs):
             order = torch.randperm(len(Z), generator=generator)
-            for start in range(0, len(Z), batch):
-                index = order[start : start + batch]
-                loss = torch.nn.functional.cross_entropy(layer(Z[index]), targets[index])
+            for rows_of_step in torch.split(order, STEP_ROWS):
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
+                for index in torch.split(rows_of_step, self.batch_size):
+                    loss = torch.nn.functional.cross_entropy(layer(Z[index]), targets[index], reduction="sum")
+                    torch.autograd.backward(loss / len(rows_of_step))
                 optimizer.step()
                 schedule.step()
         weight, bias = layer.weight.detach(), layer.bias.detach()

@@ -9,13 +9,14 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize
-from scipy.special import logsumexp
+from scipy.special import logsumexp, softmax
 from sklearn.base import clone
 from threadpoolctl import threadpool_limits
 
 from featcache.heads.base import LinearHead, require_count, require_positive
 from featcache.heads.standardize import Rotation, rotate
 
+ROUGH = 1e-3  # tolerance of the solution that the scaling is taken from
 SMALL_PRODUCT = 50_000_000  # multiplications of one matrix product that one thread does as fast as many
 
 
@@ -25,10 +26,11 @@ class LogisticHead(LinearHead):
     The intercept b is not penalised. Two classes are treated like any number: their W has two rows, and the
     optimum is that of scikit-learn's binomial form at 2 C.
 
-    Z is rotated once (`Rotation`), then L-BFGS runs in variables scaled by Böhning's bound: the Hessian of
-    the log-loss is at most 1/2 Z^T Z for every class, whatever W (Böhning, "Multinomial logistic regression
-    algorithm", Ann. Inst. Statist. Math. 1992). Rotated, Z^T Z is diagonal with entries s_i, so that
-    scaling w_i by (C s_i / 2 + 1)^(-1/2) makes the bound the identity, for all C from one rotation.
+    Z is rotated once (`Rotation`), for all C, and Z^T Z becomes diagonal with entries s_i. The Hessian for
+    class k is C Z^T diag(p_nk (1 - p_nk)) Z + 1; with q_k, the mean of p (1 - p) at the starting point, in
+    place of the diagonal it is C q_k s_i + 1, and L-BFGS runs in variables scaled by its inverse root.
+    (Böhning, "Multinomial logistic regression algorithm", Ann. Inst. Statist. Math. 1992, has the bound
+    q = 1/2; where classes are well separated q is far smaller, and the bound takes three times the steps.)
 
     Parameters
     ----------
@@ -69,15 +71,10 @@ class LogisticHead(LinearHead):
         require_positive("C", self.C)
         require_positive("tol", self.tol)
         require_count("max_iter", self.max_iter)
-        solution = _minimise(
-            rotation,
-            codes,
-            n_classes=len(self.classes_),
-            C=float(self.C),
-            tol=self.tol,
-            max_iter=self.max_iter,
-            start=start,
-        )
+        problem = _Problem(rotation=rotation, codes=codes, n_classes=len(self.classes_), C=float(self.C))
+        if start is None:  # a rough solution first: the curvature there is the one that matters
+            start = _minimise(problem, tol=max(self.tol, ROUGH), max_iter=self.max_iter, start=None)
+        solution = _minimise(problem, tol=self.tol, max_iter=self.max_iter, start=start)
         self.coef_, self.intercept_ = rotation.unrotate(solution.weights, solution.bias)
         self.n_iter_, self.converged_ = solution.n_iter, solution.converged
         self.objective_ = solution.objective
@@ -91,6 +88,30 @@ class LogisticHead(LinearHead):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class _Problem:
+    """What is minimised: rotated rows, labels (n_samples,) as indices of classes, the strength C."""
+
+    rotation: Rotation
+    codes: NDArray[np.intp]
+    n_classes: int
+    C: float
+
+    def logits(self, weights: NDArray[np.float64], bias: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(n_samples, n_classes); the product is in the precision of the rows, sums are float64."""
+        rows = self.rotation.rows
+        product: NDArray[np.float64] = (rows @ weights.T.astype(rows.dtype)).astype(np.float64)
+        return product + bias
+
+    def mean_variance(self, solution: _Solution | None) -> NDArray[np.float64]:
+        """The mean of p (1 - p) over the rows for each class, (n_classes,); for None where W is 0."""
+        if solution is None:
+            return np.full(self.n_classes, (1 - 1 / self.n_classes) / self.n_classes)
+        p = softmax(self.logits(solution.weights, solution.bias), axis=1)
+        floored: NDArray[np.float64] = np.maximum(np.mean(p * (1 - p), axis=0), 1e-6)
+        return floored
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class _Solution:
     weights: NDArray[np.float64]  # (n_classes, rank)
     bias: NDArray[np.float64]  # (n_classes,)
@@ -99,20 +120,12 @@ class _Solution:
     converged: bool
 
 
-def _minimise(
-    rotation: Rotation,
-    codes: NDArray[np.intp],
-    *,
-    n_classes: int,
-    C: float,
-    tol: float,
-    max_iter: int,
-    start: _Solution | None,
-) -> _Solution:
-    rows, each = rotation.rows, np.arange(len(codes))
-    rank = rows.shape[1]
-    scale = 1 / np.sqrt(C * rotation.squared_norms / 2 + 1)  # (rank,)
-    bias_scale = np.sqrt(2 / (C * len(codes)))  # its column of ones is orthogonal to the centred features
+def _minimise(problem: _Problem, *, tol: float, max_iter: int, start: _Solution | None) -> _Solution:
+    rows, codes, n_classes, C = problem.rotation.rows, problem.codes, problem.n_classes, problem.C
+    each, rank = np.arange(len(codes)), rows.shape[1]
+    curvature = C * problem.mean_variance(start)  # (K,)
+    scale = 1 / np.sqrt(curvature[:, None] * problem.rotation.squared_norms + 1)  # (K, rank)
+    bias_scale = 1 / np.sqrt(curvature * len(codes))  # its column of ones is orthogonal to centred features
 
     def unpack(flat: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         u = flat.reshape(n_classes, rank + 1)
@@ -120,7 +133,7 @@ def _minimise(
 
     def objective(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         weights, bias = unpack(flat)
-        logits = (rows @ weights.T.astype(rows.dtype)).astype(np.float64) + bias  # (N, K)
+        logits = problem.logits(weights, bias)  # (N, K)
         log_p = logits - logsumexp(logits, axis=1, keepdims=True)
         value = 0.5 * np.sum(weights * weights) - C * np.sum(log_p[each, codes])
         residual = np.exp(log_p)
