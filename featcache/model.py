@@ -86,7 +86,7 @@ class Model:
         found = self.provenance.get(name)
         if not isinstance(found, Mapping) or not all(isinstance(found.get(text), str) for text in texts):
             raise ModelError(
-                f"this model does not say which {' and '.join(texts)} its {name} had. Fit it again on a store."
+                f"this model does not say which {' and '.join(texts)} its {name} had. Fit it on a store."
             )
         return found
 
@@ -98,7 +98,8 @@ class Model:
             return kind.load().from_arrays(self.arrays, self.rest, params=self.params)
         except _REBUILD_ERRORS as error:
             raise ModelError(
-                f"the {self.head_name} head of this model cannot be rebuilt: {_one_line(error)}. Fit it again."
+                f"the {self.head_name} head of this model cannot be rebuilt: {_one_line(error)}. "
+                "Fit it again."
             ) from error
 
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:

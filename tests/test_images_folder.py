@@ -89,7 +89,7 @@ def test_other_folders_without_images_do_not_matter_to_splits(tmp_path: Path) ->
 
 def test_images_in_the_root_have_no_label(tmp_path: Path) -> None:
     assert _labels(_make(tmp_path, "1.jpg", "2.jpg")) == {"1.jpg": None, "2.jpg": None}
-    assert "2 images lie (first: 1.jpg) outside the class folders" in _note(_make(tmp_path, "cat/3.jpg"))
+    assert "2 images (first: 1.jpg) outside the class folders" in _note(_make(tmp_path, "cat/3.jpg"))
 
 
 def test_other_files_are_counted_by_extension(tmp_path: Path) -> None:
@@ -152,7 +152,9 @@ def test_a_link_loop_is_cut_and_noted(tmp_path: Path, follow_links: bool) -> Non
     _make(tmp_path, "cat/deep/1.jpg")
     (tmp_path / "cat/deep/up").symlink_to(tmp_path)
     assert list(_labels(tmp_path, follow_links=follow_links)) == ["cat/deep/1.jpg"]
-    assert "1 link loops (first: cat/deep/up) back" in _note(tmp_path, follow_links=follow_links)
+    assert "1 link back to a folder above (first: cat/deep/up) not followed" in _note(
+        tmp_path, follow_links=follow_links
+    )
 
 
 def test_a_link_out_of_the_root_is_followed_only_when_asked(tmp_path: Path) -> None:
@@ -162,7 +164,7 @@ def test_a_link_out_of_the_root_is_followed_only_when_asked(tmp_path: Path) -> N
     (root / "dog").symlink_to(outside)
     assert list(_labels(root)) == ["cat/1.jpg"]
     assert _note(root) == (
-        "2 links lead (first: cat/link.jpg) out of the folder and not followed; --follow-links follows them"
+        "2 links out of the folder (first: cat/link.jpg) not followed; --follow-links follows them"
     )
     followed = scan_images(root, follow_links=True)
     assert [r.path for r in followed.records] == ["cat/1.jpg", "cat/link.jpg", "dog/x/2.jpg"]

@@ -6,9 +6,11 @@ The test rows are scored once, after everything was chosen on the training rows.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,7 +63,7 @@ class FitResult:
         metrics = self.metrics.to_json()
         return {
             "head": self.head,
-            "params": dict(self.params),
+            "params": {name: _finite_or_text(value) for name, value in self.params.items()},
             "n_train": self.n_train,
             "n_test": metrics.pop("n"),
             **metrics,
@@ -102,10 +104,10 @@ def fit(
     giving the searched one ends the search. check: compare the store with its checksums first.
     HeadError, StoreError, DiskError: what stands in the way, in one line.
     """
-    path = Path(output) if output is not None else Path(store).with_suffix(".model")
-    if path.resolve() == Path(store).resolve():
-        raise HeadError(f"the model would replace its store {store}. Choose another --output.")
     with FeatureStore.open(store, check=check) as opened:
+        path = Path(output) if output is not None else Path(store).with_suffix(".model")
+        report_path = path.with_name(path.name + ".json")
+        _keep_stores(path, report_path)
         features, provenance = opened.features(node), dict(opened.provenance)
         result, model = fit_features(
             features, head=head, params=params, seed=seed, provenance=provenance, progress=progress
@@ -113,8 +115,19 @@ def fit(
     model.save(path)
     result = replace(result, model=str(path))
     report = json.dumps(result.to_json(), indent=2) + "\n"
-    write_atomically(path.with_name(path.name + ".json"), report.encode())
+    write_atomically(report_path, report.encode())
     return result
+
+
+def _keep_stores(*written: Path) -> None:
+    """HeadError when a file to be written is a feature store now: features cost more than a head."""
+    for path in written:
+        if not path.is_file():
+            continue
+        with open(path, "rb") as file:
+            is_store = file.read(4) == b"\x89HDF"
+        if is_store:
+            raise HeadError(f"{path} is a feature store, which would be replaced. Choose another --output.")
 
 
 def fit_features(
@@ -142,15 +155,14 @@ def fit_features(
     folds = make_folds(sha256, y, seed=seed)
     selection = select(head, kind, given, X=X, y=y, folds=folds, seed=seed, progress=progress)
     fitted = build_head(head, selection.params, seed=seed)
-    try:
+    with _head_errors(head, doing="fitted"):
         fitted.fit(X, y)
-    except (TypeError, ValueError) as error:
-        raise HeadError(f"{head} cannot be fitted: {_one_line(error)}") from error
     arrays, rest = fitted.to_arrays()
 
     def metrics_of(where: NDArray[np.int64]) -> Metrics:
         table = np.zeros((len(where), len(features.classes)))
-        table[:, known] = fitted.predict_proba(features.X[where])
+        with _head_errors(head, doing="scored"):
+            table[:, known] = fitted.predict_proba(features.X[where])
         return score(features.y[where], table, features.classes)
 
     test, train = metrics_of(rows.test), metrics_of(rows.train)
@@ -262,8 +274,18 @@ def _json_able(params: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value.item() if isinstance(value, np.generic) else value for name, value in params.items()}
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _finite_or_text(value: Any) -> Any:
+    """JSON has no infinity, which some of scikit-learn's parameters take."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def _head_errors(head: str, *, doing: str) -> Iterator[None]:
+    """One line for what scikit-learn says of parameters and features that do not go together."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise HeadError(f"{head} cannot be {doing}: {' '.join(str(error).split())}") from error
 
 
 def _head_lines(result: FitResult) -> list[str]:

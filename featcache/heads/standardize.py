@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import eigh
 
 CHUNK_VALUES = 4_000_000  # values converted to float64 at a time: 32 MB
 FLOAT64_VALUES = 1_000_000  # up to this size rotated features stay in float64; above, speed matters
@@ -103,7 +102,7 @@ def rotate(X: NDArray[Any], *, keep_float64: bool = False) -> Rotation:
 
 def _principal(gram: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Eigenvalues above rounding, ascending, and their vectors, of a symmetric positive matrix."""
-    values, vectors = eigh(gram, driver="evd", overwrite_a=True, check_finite=False)
+    values, vectors = np.linalg.eigh(gram)
     keep = values > max(values[-1], 0.0) * len(values) * np.finfo(float).eps
     return values[keep], vectors[:, keep]
 

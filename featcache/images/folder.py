@@ -89,9 +89,7 @@ def _label_notes(records: Sequence[ImageRecord], classes: Sequence[str]) -> list
     ]
     bare = [record.path for record in records if record.label is None]
     if classes and bare:
-        notes.append(
-            f"{counted(bare, 'image lies', 'images lie')} outside the class folders and without a label"
-        )
+        notes.append(f"{counted(bare, 'image', 'images')} outside the class folders: without a label")
     return notes
 
 

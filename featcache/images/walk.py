@@ -73,12 +73,11 @@ class Walk:
             is_are = "file that is not an image" if count == 1 else "files that are not images"
             notes.append(f"skipped {count:,} {is_are} by name: {_kinds(self.skipped)}")
         if self.links_out:
-            said = counted(self.links_out, "link leads", "links lead")
-            notes.append(f"{said} out of the folder and not followed; --follow-links follows them")
+            said = counted(self.links_out, "link out of the folder", "links out of the folder")
+            notes.append(f"{said} not followed; --follow-links follows them")
         if self.loops:
-            notes.append(
-                f"{counted(self.loops, 'link loops', 'links loop')} back to a folder above; not followed"
-            )
+            said = counted(self.loops, "link back to a folder above", "links back to a folder above")
+            notes.append(f"{said} not followed")
         if self.unreadable:
             notes.append(f"{counted(self.unreadable, 'folder', 'folders')} could not be read and left out")
         return notes
@@ -143,7 +142,7 @@ def no_images(data: Path, notes: Sequence[str]) -> str:
 
 
 def counted(paths: Sequence[str], one: str, many: str) -> str:
-    """`3 links lead (first: a/b.jpg)`, the first in the order of the paths."""
+    """`3 links (first: a/b.jpg)`, the first in the order of the paths."""
     return f"{len(paths):,} {one if len(paths) == 1 else many} (first: {show_path(min(paths))})"
 
 

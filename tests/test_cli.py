@@ -1,0 +1,202 @@
+"""The command line: documented options, one line for a known failure, one JSON document where asked."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+from conftest import make_toy_store
+from gaussians import gaussian_features, write_store
+
+from featcache.cli import main
+from featcache.store.reader import FeatureStore
+
+TOY = "channel_mean:channel_mean"
+OPTIONS = [
+    (command, option)
+    for command in main.commands.values()
+    for option in command.params
+    if isinstance(option, click.Option)
+]
+SELF_EXPLAINING = {"seed"}  # its name and the default that is shown say all there is
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def failure(*arguments: str | Path) -> str:
+    """The line on stderr of a command that is known to fail."""
+    result = run(*arguments)
+    assert result.exit_code == 1, result.output
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("Error: ")
+    return line
+
+
+def parsed(result: Result) -> Any:
+    """The one JSON document on stdout."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    assert len(result.stdout.splitlines()) == 1
+    return json.loads(result.stdout, parse_constant=refuse)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return write_store(tmp_path / "s.h5", gaussian_features())
+
+
+@pytest.fixture
+def photos(tmp_path: Path, save_image: Callable[..., Path]) -> Path:
+    for i in range(8):
+        save_image(tmp_path / "photos" / f"class{i % 2}" / f"{i}.png", seed=i)
+    return tmp_path / "photos"
+
+
+@pytest.mark.parametrize("command", ["", *main.commands])
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_is_there(command: str, flag: str) -> None:
+    result = run(*([command] if command else []), flag)
+    assert result.exit_code == 0
+    assert "Usage: " in result.stdout
+
+
+def test_the_help_of_the_group_lists_every_command() -> None:
+    said = run("--help").stdout
+    assert all(f"  {name} " in said for name in ("embed", "fit", "predict", "info", "backbones", "demo"))
+
+
+@pytest.mark.parametrize(("command", "option"), OPTIONS, ids=lambda part: part.name)
+def test_every_option_is_documented(command: click.Command, option: click.Option) -> None:
+    assert not option.hidden
+    assert option.help or option.name in SELF_EXPLAINING
+    said = run(str(command.name), "--help").stdout
+    assert all(name in said for name in option.opts)
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    result = run("--version")
+    assert result.exit_code == 0
+    assert importlib.metadata.version("featcache") in result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["fitt"],
+        ["fit"],
+        ["fit", "s.h5", "--no-such-option"],
+        ["fit", "s.h5", "--param", "C"],
+        ["fit", "s.h5", "--seed", "-1"],
+        ["embed", "photos"],
+        ["embed", "photos", "-o", "s.h5", "--precision", "float8"],
+        ["embed", "photos", "-o", "s.h5", "--max-failures", "2"],
+        ["embed", "photos", "-o", "s.h5", "--workers", "0"],
+        ["predict", "s.model"],
+        ["predict", "s.model", "a.png", "--json", "--csv"],
+        ["predict", "s.model", "a.png", "--top-k", "0"],
+    ],
+)
+def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "Usage: " in result.stderr
+
+
+def test_a_parameter_without_an_equals_sign_is_quoted(store: Path) -> None:
+    assert "--param: 'C' is not KEY=VALUE" in run("fit", store, "--param", "C").stderr
+
+
+def test_a_parameter_keeps_what_follows_its_first_equals_sign(store: Path) -> None:
+    assert "not 'a=b'" in failure("fit", store, "-q", "--param", "C=a=b")
+
+
+def test_a_known_failure_is_one_line_and_exit_code_1(store: Path, photos: Path, tmp_path: Path) -> None:
+    output, model = tmp_path / "new.h5", tmp_path / "no.model"
+    assert "did you mean resnet" in failure("embed", photos, "-o", output, "--backbone", "resnet81", "-q")
+    assert "is not there" in failure("embed", tmp_path / "none", "-o", output, "-q")
+    assert "Did you mean logistic" in failure("fit", store, "--head", "logistik", "-q")
+    assert "Did you mean alpha" in failure("fit", store, "--head", "ridge", "--param", "alfa=1", "-q")
+    assert "cannot be opened" in failure("fit", model, "-q")
+    assert "cannot be opened" in failure("predict", model, photos, "-q")
+    assert "cannot be opened" in failure("info", model)
+    assert "neither a feature store" in failure("info", next(photos.rglob("*.png")))
+    assert not output.exists()
+
+
+def test_an_unexpected_error_keeps_its_traceback(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(file: Path) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("featcache.commands.info.info", broken)
+    result = run("info", store)
+    assert isinstance(result.exception, RuntimeError)
+    assert result.exc_info is not None
+    assert "Error: " not in result.stderr
+
+
+def test_an_interrupt_is_exit_code_130(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(file: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("featcache.commands.info.info", interrupted)
+    result = run("info", store)
+    assert result.exit_code == 130
+    assert result.stderr == "Interrupted.\n"
+
+
+def test_the_whole_way_gives_one_json_document_a_command(photos: Path, tmp_path: Path) -> None:
+    store, model = tmp_path / "p.h5", tmp_path / "p.model"
+    embedded = run("embed", photos, "-o", store, "--backbone", TOY, "--json")
+    assert (embedded.exit_code, parsed(embedded)["embedded"]) == (0, 8)
+    fitted = run("fit", store, "-o", model, "--head", "ncm", "--json")
+    assert (fitted.exit_code, parsed(fitted)["head"]) == (0, "ncm")
+    assert json.loads((tmp_path / "p.model.json").read_text()) == parsed(fitted)
+    predicted = run("predict", model, photos, "--backbone", TOY, "--json")
+    assert (predicted.exit_code, len(parsed(predicted))) == (0, 8)
+    as_csv = run("predict", model, photos, "--backbone", TOY, "--csv", "-q")
+    assert (as_csv.exit_code, len(as_csv.stdout.splitlines())) == (0, 9)
+
+
+def test_failed_images_are_exit_code_3(photos: Path, tmp_path: Path) -> None:
+    store, model = tmp_path / "p.h5", tmp_path / "p.model"
+    (photos / "class0" / "bad.png").write_bytes(b"no picture")
+    embedded = run("embed", photos, "-o", store, "--backbone", TOY, "--json", "-q")
+    assert (embedded.exit_code, parsed(embedded)["failed"]) == (3, 1)
+    assert run("fit", store, "-o", model, "--head", "ncm", "-q").exit_code == 0
+    predicted = run("predict", model, photos, "--backbone", TOY, "--json", "-q")
+    assert (predicted.exit_code, len(parsed(predicted))) == (3, 9)
+
+
+def test_info_describes_a_store_and_a_model(store: Path) -> None:
+    facts = parsed(run("info", store, "--json"))
+    assert (facts["kind"], facts["complete"], facts["rows"]) == ("feature store", True, 60)
+    assert facts["classes"] == {"class0": 20, "class1": 20, "class2": 20}
+    assert facts["splits"] == {"train": 36, "test": 24}
+    assert facts["fingerprint"] == FeatureStore.open(store).fingerprint
+    assert "complete:    yes" in run("info", store).stdout
+    run("fit", store, "--head", "ncm", "-q")
+    model = parsed(run("info", store.with_suffix(".model"), "--json"))
+    assert (model["kind"], model["head"], model["fingerprint"]) == ("model", "ncm", facts["fingerprint"])
+    assert model["classes"] == ["class0", "class1", "class2"]
+    assert "class0, class1, class2" in run("info", store.with_suffix(".model")).stdout
+
+
+def test_info_of_an_incomplete_store_says_so(tmp_path: Path) -> None:
+    store = make_toy_store(tmp_path / "toy.h5", n=10, fill=False)
+    assert parsed(run("info", store, "--json"))["complete"] is False
+    said = [line.split() for line in run("info", store).stdout.splitlines()]
+    assert ["complete:", "no"] in said
+    assert ["pending:", "10"] in said
+    assert "10 of 10 rows are pending" in failure("fit", store, "-q")

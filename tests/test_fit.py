@@ -1,0 +1,370 @@
+"""`fit`: honest splits, choices made without the test rows, a report and a model that say the same."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gaussians import gaussian_features, take, write_store
+
+from featcache.commands.fit import FitResult, fit, fit_features
+from featcache.errors import DamagedStore, HeadError, IncompleteStore, NotAStore, StoreError
+from featcache.heads import HEADS
+from featcache.model import Model
+from featcache.store.features import FeatureSet
+from featcache.store.reader import FeatureStore
+
+NAMES = [*(name for name in HEADS if name != "sklearn"), "sklearn:LogisticRegression"]
+QUICK: dict[str, dict[str, Any]] = {
+    "linear": {"epochs": 2},
+    "sklearn:RandomForestClassifier": {"n_estimators": 5},
+}
+KEYS = {
+    "head", "params", "n_train", "n_test", "accuracy", "accuracy_ci95", "mean_per_class_accuracy",
+    "top5", "nll", "ece", "train_accuracy", "candidates", "chosen_by", "trained_on", "scored_on",
+    "seconds", "fingerprint", "model", "notes", "classes", "confusion", "per_class",
+}  # fmt: skip
+
+
+def run(features: FeatureSet, head: str = "ncm", **options: Any) -> tuple[FitResult, Model]:
+    return fit_features(features, head=head, **{"params": QUICK.get(head), **options})
+
+
+def notes_of(features: FeatureSet) -> str:
+    return "; ".join(run(features)[0].notes)
+
+
+@pytest.mark.parametrize(
+    ("splits", "trained_on", "scored_on", "n_train", "n_test"),
+    [
+        ({"train": 30, "test": 12}, "train", "test", 30, 12),
+        ({"train": 30, "val": 12}, "train", "val", 30, 12),
+        ({"train": 30, "val": 12, "test": 9}, "train and val", "test", 42, 9),
+        ({"train": 30, "test": 9, "": 6}, "train", "test", 30, 9),
+    ],
+)
+def test_the_splits_of_the_data_are_kept(
+    splits: dict[str, int], trained_on: str, scored_on: str, n_train: int, n_test: int
+) -> None:
+    result, _ = run(gaussian_features(splits))
+    assert (result.trained_on, result.scored_on) == (trained_on, scored_on)
+    assert (result.n_train, result.metrics.n) == (n_train, n_test)
+    assert result.metrics.accuracy > 0.9
+
+
+@pytest.mark.parametrize("split", ["train", ""])
+def test_without_a_split_to_score_a_fifth_is_held_out_by_content(split: str) -> None:
+    features = gaussian_features({split: 300})
+    result, model = run(features)
+    held = features.sha256[:, 0] < 0.2 * 256
+    assert 40 <= result.metrics.n <= 80
+    assert abs(result.metrics.n - held.sum()) <= 2
+    assert "held out by content" in result.scored_on
+    assert ("train split" in result.scored_on) == (split == "train")
+    again = run(take(features, slice(None, None, -1)))[1]
+    np.testing.assert_allclose(again.arrays["coef"], model.arrays["coef"], rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("splits", "words"),
+    [
+        ({"test": 12}, "no train rows, only test"),
+        ({"val": 6, "test": 6}, "only val and test"),
+        ({"val": 6, "": 6}, "only val"),
+    ],
+)
+def test_there_must_be_rows_to_train_on(splits: dict[str, int], words: str) -> None:
+    with pytest.raises(HeadError, match=words):
+        run(gaussian_features(splits))
+
+
+def test_there_must_be_labels_and_two_classes() -> None:
+    features = gaussian_features()
+    with pytest.raises(HeadError, match="no row has a label"):
+        run(replace(features, y=np.full(len(features), -1)))
+    with pytest.raises(HeadError, match=r"one class only \(class1\)"):
+        run(replace(features, y=np.where(features.splits == "train", 1, features.y)))
+
+
+def test_rows_without_a_label_take_no_part() -> None:
+    features = gaussian_features()
+    y = features.y.copy()
+    y[:6] = y[-3:] = -1
+    with_gaps, model = run(replace(features, y=y))
+    expected = run(take(features, y >= 0))[1]
+    assert (with_gaps.n_train, with_gaps.metrics.n) == (30, 21)
+    np.testing.assert_array_equal(model.arrays["coef"], expected.arrays["coef"])
+
+
+@pytest.mark.parametrize("head", ["logistic", "knn"])
+def test_a_class_that_is_only_in_the_test_rows_counts_as_errors_and_is_named(head: str) -> None:
+    features = gaussian_features({"train": 60, "test": 30})
+    keep = (features.splits == "test") | (features.y != 2)
+    result, model = run(take(features, keep), head)
+    assert result.metrics.accuracy == pytest.approx(20 / 30)
+    assert result.metrics.per_class[2].accuracy == 0
+    assert model.classes == ("class0", "class1")
+    assert "not in the training rows, so counted as errors: class2" in result.notes
+    assert np.isfinite(result.metrics.nll)
+
+
+def test_a_class_that_is_only_in_the_training_rows_keeps_its_name() -> None:
+    features = gaussian_features()
+    keep = (features.splits == "train") | (features.y != 0)
+    result, model = run(take(features, keep), "logistic")
+    assert model.classes == ("class0", "class1", "class2")
+    assert result.metrics.accuracy == 1
+    assert result.metrics.per_class[0].accuracy is None
+
+
+def test_classes_without_any_training_row_leave_the_names_in_step() -> None:
+    features = gaussian_features(k=4)
+    some = take(features, features.y != 1)
+    result, model = run(some, "logistic")
+    assert model.classes == ("class0", "class2", "class3")
+    predicted = [model.classes[k] for k in model.predict_proba(some.X).argmax(axis=1)]
+    assert predicted == [features.classes[k] for k in some.y]
+    assert result.metrics.accuracy == 1
+
+
+def test_what_makes_a_score_mean_less_is_noted() -> None:
+    features = gaussian_features({"train": 30, "test": 12})
+    sha256 = features.sha256.copy()
+    sha256[30:33] = sha256[:3]
+    assert notes_of(features) == ""
+    assert "3 of the 12 rows scored are images that were also trained on" in notes_of(
+        replace(features, sha256=sha256)
+    )
+    assert "6 labelled rows without a split were left out" in notes_of(
+        gaussian_features({"train": 30, "test": 9, "": 6})
+    )
+    assert "val rows joined the training rows" in notes_of(
+        gaussian_features({"train": 30, "val": 9, "test": 9})
+    )
+
+
+@pytest.mark.parametrize("splits", [{"train": 36, "val": 9, "test": 24}, {"": 90}])
+@pytest.mark.parametrize("head", NAMES)
+def test_nothing_that_is_chosen_or_learned_depends_on_the_rows_that_are_scored(
+    head: str, splits: dict[str, int]
+) -> None:
+    features = gaussian_features(splits, gap=1.5)
+    first, model = run(features, head)
+    # The rows scored, found without `fit`: the test split, or by the rule that is documented for digests.
+    scored = features.splits == "test"
+    if "" in splits:
+        scored = np.ascontiguousarray(features.sha256[:, :8]).view(">u8").ravel() < 0.2 * 2.0**64
+    assert scored.sum() == first.metrics.n
+    X = features.X.copy()
+    X[scored] = np.random.default_rng(9).normal(size=(int(scored.sum()), X.shape[1])) * 100
+    y = np.where(scored, 1, features.y) if "test" in splits else features.y
+    second, other = run(replace(features, X=X, y=y), head)
+    assert second.params == first.params
+    assert second.selection == first.selection
+    assert second.train_accuracy == first.train_accuracy
+    assert second.metrics != first.metrics
+    assert model_bytes(other) == model_bytes(model)
+
+
+def model_bytes(model: Model) -> dict[str, bytes]:
+    return {name: array.tobytes() for name, array in model.arrays.items() if name != "skops"}
+
+
+@pytest.mark.parametrize("head", [*NAMES, "sklearn:RandomForestClassifier"])
+def test_the_same_seed_gives_the_same_model(head: str) -> None:
+    features = gaussian_features(gap=1.5)
+    first, second = (run(features, head, seed=3) for _ in range(2))
+    assert model_bytes(first[1]) == model_bytes(second[1])
+    np.testing.assert_array_equal(first[1].predict_proba(features.X), second[1].predict_proba(features.X))
+    assert replace(first[0], seconds=0) == replace(second[0], seconds=0)
+
+
+@pytest.mark.parametrize("head", ["linear", "sklearn:RandomForestClassifier"])
+def test_the_seed_reaches_the_heads_that_draw(head: str) -> None:
+    features = gaussian_features({"train": 300, "test": 30}, gap=1)
+    params = {"linear": {"epochs": 1, "weight_decay": 0.1}}.get(head, QUICK.get(head))
+    first, second = (run(features, head, params=params, seed=seed)[1] for seed in (0, 1))
+    assert (first.predict_proba(features.X) != second.predict_proba(features.X)).any()
+
+
+@pytest.mark.parametrize(("head", "gap"), [("logistic", 60.0), ("ridge", 0.0)])
+def test_a_grid_extends_beyond_its_edge(head: str, gap: float) -> None:
+    kind, result = HEADS[head], run(gaussian_features(gap=gap), head)[0]
+    values = np.array([candidate.value for candidate in result.selection.candidates])
+    assert set(values) > set(kind.grid)
+    np.testing.assert_allclose(values[1:] / values[:-1], 10**0.5)
+    assert not min(kind.grid) <= result.params[str(kind.searched)] <= max(kind.grid)
+
+
+def test_giving_the_searched_parameter_ends_the_search() -> None:
+    result, model = run(gaussian_features(), "logistic", params={"C": "1"})
+    assert result.selection.candidates == ()
+    assert result.chosen_by is None
+    assert model.params["C"] == result.params["C"] == 1
+    searched, model = run(gaussian_features(gap=1), "logistic")
+    assert len(searched.selection.candidates) >= len(HEADS["logistic"].grid)
+    assert model.params["C"] == searched.params["C"]
+    assert "5-fold cross-validation on the training rows" in str(searched.chosen_by)
+
+
+def test_false_is_false() -> None:
+    with_it, without = (
+        run(gaussian_features(gap=1), "sklearn:LogisticRegression", params={"fit_intercept": text})[1]
+        for text in ("True", "False")
+    )
+    assert with_it.head.pipeline_[-1].intercept_.any()  # type: ignore[attr-defined]
+    assert not without.head.pipeline_[-1].intercept_.any()  # type: ignore[attr-defined]
+    assert without.params["params"] == {"fit_intercept": False}
+
+
+@pytest.mark.parametrize(
+    ("head", "params", "words"),
+    [
+        ("logistik", {}, "no head 'logistik'. Did you mean logistic"),
+        ("sklearn:LogisticRegresion", {}, "Did you mean LogisticRegression"),
+        ("ridge", {"alfa": "1"}, "ridge has no parameter 'alfa'. Did you mean alpha"),
+        ("sklearn:SVC", {"gama": "1"}, "Did you mean gamma"),
+        ("logistic", {"C": "many"}, "C is a number above 0, not 'many'"),
+        ("logistic", {"C": "NaN"}, "C is a number above 0"),
+        ("logistic", {"C": "true"}, "C is a number above 0"),
+        ("knn", {"k": "2.5"}, "k is a whole number"),
+        ("ridge", {"temperature": "0"}, "temperature is a number above 0"),
+        ("sklearn:SVC", {"kernel": "best"}, "cannot be fitted: The 'kernel' parameter of SVC must be"),
+        ("sklearn:MultinomialNB", {}, "cannot be fitted: Negative values"),
+        ("sklearn:KNeighborsClassifier", {"n_neighbors": "1000"}, "cannot be scored: Expected n_neighbors"),
+    ],
+)
+def test_heads_and_parameters_that_do_not_go_are_refused_in_one_line(
+    head: str, params: dict[str, str], words: str
+) -> None:
+    with pytest.raises(HeadError, match=words) as caught:
+        run(gaussian_features(), head, params=params)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e-4])
+@pytest.mark.parametrize("head", ["logistic", "ridge", "ncm"])
+def test_the_scale_of_a_feature_does_not_matter(head: str, scale: float) -> None:
+    features = gaussian_features(gap=1.5)
+    X = features.X.astype(np.float64)
+    scaled = X * np.array([scale, 1, 1, 1, 1])
+    first, second = (run(replace(features, X=values), head) for values in (X, scaled))
+    np.testing.assert_allclose(
+        first[1].predict_proba(X), second[1].predict_proba(scaled), rtol=1e-3, atol=1e-4
+    )
+    assert first[0].params == pytest.approx(second[0].params, rel=1e-3)
+
+
+@pytest.mark.parametrize("head", ["logistic", "ridge", "knn", "ncm"])
+def test_random_labels_are_predicted_by_chance(head: str) -> None:
+    right = total = 0
+    for seed in range(3):
+        features = gaussian_features({"": 400}, seed=seed)
+        y = np.random.default_rng(100 + seed).integers(0, 3, size=400)
+        metrics = run(replace(features, y=y), head)[0].metrics
+        right, total = right + metrics.accuracy * metrics.n, total + metrics.n
+    # Three standard deviations of a binomial with p = 1/3 around chance.
+    assert abs(right / total - 1 / 3) < 3 * (2 / 9 / total) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("splits", "k"),
+    [
+        ({"train": 36, "test": 24}, 3),
+        ({"": 6}, 3),  # two images a class
+        ({"": 4}, 2),
+        ({"train": 6, "test": 6}, 6),  # one image a class
+        ({"train": 7, "test": 1}, 6),
+        ({"train": 2, "val": 1}, 2),
+        ({"train": 36, "val": 12, "test": 24}, 12),
+    ],
+)
+@pytest.mark.parametrize("head", NAMES)
+def test_the_report_is_complete_and_valid_json_however_few_the_images(
+    head: str, splits: dict[str, int], k: int
+) -> None:
+    result, _ = run(gaussian_features(splits, k=k), head)
+    report = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert set(report) == KEYS
+    assert report["n_test"] == sum(map(sum, report["confusion"]))
+    low, high = report["accuracy_ci95"]
+    assert 0 <= low <= report["accuracy"] <= high <= 1
+    assert f"scored on {report['n_test']} rows" in result.describe()
+
+
+def test_one_image_a_class_without_splits_is_an_error() -> None:
+    with pytest.raises(HeadError, match=r"single image.*Embed more images|one class only"):
+        run(gaussian_features({"": 3}))
+
+
+def test_an_infinite_parameter_is_still_json() -> None:
+    result, _ = run(gaussian_features(), "sklearn:LogisticRegression", params={"C": "Infinity"})
+    assert json.loads(json.dumps(result.to_json(), allow_nan=False))["params"] == {"C": "inf"}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return write_store(tmp_path / "s.h5", gaussian_features())
+
+
+def test_a_store_gives_a_model_and_a_report_beside_it(store: Path) -> None:
+    result = fit(store, head="logistic")
+    path = store.with_suffix(".model")
+    assert result.model == str(path)
+    assert json.loads((store.parent / "s.model.json").read_text()) == json.loads(json.dumps(result.to_json()))
+    model = Model.load(path)
+    expected = fit_features(gaussian_features(), head="logistic")[1]
+    np.testing.assert_array_equal(model.arrays["coef"], expected.arrays["coef"])
+    assert model.provenance == FeatureStore.open(store).provenance
+    assert model.fingerprint == result.fingerprint == FeatureStore.open(store).fingerprint
+    assert model.metrics["accuracy"] == result.metrics.accuracy
+    assert sorted(p.name for p in store.parent.iterdir()) == ["s.h5", "s.model", "s.model.json"]
+
+
+def test_an_incomplete_store_is_not_trained_on(tmp_path: Path) -> None:
+    path = write_store(tmp_path / "s.h5", gaussian_features(), fill=False)
+    with pytest.raises(IncompleteStore, match="not complete: 60 of 60 rows are pending"):
+        fit(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["s.h5"]
+
+
+def test_a_damaged_store_is_not_trained_on(store: Path) -> None:
+    features = FeatureStore.open(store).layout.features["penultimate"]
+    data = bytearray(store.read_bytes())
+    data[features.offset + 7] ^= 1
+    store.write_bytes(data)
+    with pytest.raises(DamagedStore, match="rows 0-59 do not match their checksums"):
+        fit(store)
+    assert [p.name for p in store.parent.iterdir()] == ["s.h5"]
+
+
+def test_what_is_no_store_or_no_node_is_refused(store: Path) -> None:
+    with pytest.raises(NotAStore):
+        fit(store.parent)
+    with pytest.raises(NotAStore):
+        fit(store.parent / "none.h5")
+    with pytest.raises(StoreError, match="no node 'layer3'; it holds penultimate"):
+        fit(store, node="layer3")
+
+
+@pytest.mark.parametrize("output", ["s.h5", "./s.h5", "other.h5", "report"])
+def test_a_store_is_never_replaced_by_a_model(
+    store: Path, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(store.parent)
+    write_store(Path("other.h5"), gaussian_features())
+    write_store(Path("report.json"), gaussian_features())
+    before = {path.name: path.read_bytes() for path in store.parent.iterdir()}
+    with pytest.raises(HeadError, match="is a feature store, which would be replaced"):
+        fit(store, output)
+    assert {path.name: path.read_bytes() for path in store.parent.iterdir()} == before
+
+
+def test_a_model_is_replaced_by_the_next(store: Path) -> None:
+    fit(store, head="ncm")
+    fit(store, head="ridge")
+    assert Model.load(store.with_suffix(".model")).head_name == "ridge"
