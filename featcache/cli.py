@@ -68,7 +68,13 @@ batch_size_option = click.option(
 workers_option = click.option(
     "--workers", type=click.IntRange(1, 1024), help="Decoding threads; by default one a processor."
 )
-seed_option = click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+seed_option = click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of everything that is drawn at random.",
+)
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

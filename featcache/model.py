@@ -6,6 +6,7 @@ its head needs.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import zipfile
@@ -121,12 +122,14 @@ class Model:
             "metrics": dict(self.metrics),
             "chosen": dict(self.chosen),
         }
+        arrays = {name: np.ascontiguousarray(array) for name, array in self.arrays.items()}
+        text = json.dumps(about, sort_keys=True)
         metadata = {
             "encoding-type": ENCODING_TYPE,
             "encoding-version": str(ENCODING_VERSION),
-            "model": json.dumps(about, sort_keys=True),
+            "model": text,
+            "digest": content_digest(text, arrays),
         }
-        arrays = {name: np.ascontiguousarray(array) for name, array in self.arrays.items()}
         write_atomically(Path(path), save(arrays, metadata))
 
     @classmethod
@@ -134,20 +137,33 @@ class Model:
         """Read a model file. ModelError when it is another kind of file, newer, damaged or inconsistent."""
         path = Path(path)
         data = _read_bytes(path)
-        about = _read_about(path, data)
+        metadata = _read_metadata(path, data)
         try:
             arrays = load(data)
         except SafetensorError as error:
             raise ModelError(
                 f"{path} is damaged or cut short: {error}. Fit again, or copy it again."
             ) from error
+        if content_digest(metadata["model"], arrays) != metadata.get("digest"):
+            raise ModelError(
+                f"{path} is damaged: its content is not what was written. Fit again, or copy it again."
+            )
         try:
-            model = cls(**_fields(about), arrays=arrays)
+            model = cls(**_fields(json.loads(metadata["model"])), arrays=arrays)
             kind_arrays = find_head(model.head_name).arrays
         except (HeadError, KeyError, TypeError, ValueError) as error:
             _refuse(path, f"its description cannot be read ({type(error).__name__}: {_one_line(error)})")
         _check_arrays(path, model, kind_arrays)
         return model
+
+
+def content_digest(text: str, arrays: Mapping[str, NDArray[Any]]) -> str:
+    """sha256 over the description and every array by name, type, shape and bytes: it finds damage."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype.str} {array.shape};".encode() + array.tobytes())
+    return digest.hexdigest()
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -171,22 +187,23 @@ def _read_bytes(path: Path) -> bytes:
         raise ModelError(f"{path} cannot be opened: {error.strerror}.") from error
 
 
-def _read_about(path: Path, data: bytes) -> dict[str, Any]:
-    """The JSON description, from a header that is checked before anything else is looked at."""
+def _read_metadata(path: Path, data: bytes) -> dict[str, str]:
+    """The file's metadata, from a header that is checked before anything else is looked at."""
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 + length:
         raise ModelError(f"{path} is cut short at {len(data)} bytes. Fit again, or copy it again.")
     try:
-        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-        kind, version = metadata.get("encoding-type"), metadata.get("encoding-version", "0")
+        metadata: dict[str, str] = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+        kind = metadata.get("encoding-type")
         if kind != ENCODING_TYPE:
             raise ModelError(f"{path} is a safetensors file, but not a featcache model ({kind!r}).")
+        version = metadata["encoding-version"]
         if int(version) > ENCODING_VERSION:
             raise ModelError(f"{path} was written by format {version}: upgrade featcache to read it.")
-        about: dict[str, Any] = json.loads(metadata["model"])
+        json.loads(metadata["model"])
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ModelError(f"{path} has a damaged header: {error}. Fit again, or copy it again.") from error
-    return about
+    return metadata
 
 
 def _fields(about: Mapping[str, Any]) -> dict[str, Any]:

@@ -384,6 +384,8 @@ def run_embed(
         [sys.executable, "-m", "featcache", "embed", *arguments, "--batch-size", "4", "-q"],
         env={**os.environ, "KILL_AT": str(kill_at), "KILL_WITH": kill_with},
         cwd=Path(__file__).parent,
+        # A shell that starts the tests in the background has Ctrl-C ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         capture_output=True,
         text=True,
         check=False,

@@ -24,7 +24,7 @@ from featcache.commands.fit import fit_features
 from featcache.commands.info import info
 from featcache.errors import DiskError, ModelError
 from featcache.heads import HEADS
-from featcache.model import Model
+from featcache.model import Model, content_digest
 
 NAMES = [
     *(name for name in HEADS if name != "sklearn"),
@@ -54,7 +54,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     metadata = json.loads(data[8 : 8 + length])["__metadata__"]
     about = json.loads(metadata["model"])
     change(about)
-    path.write_bytes(save(load(data), {**metadata, "model": json.dumps(about)}))
+    rewrite(path, load(data), {**metadata, "model": json.dumps(about)})
 
 
 def edit_arrays(path: Path, **arrays: Any) -> None:
@@ -63,7 +63,20 @@ def edit_arrays(path: Path, **arrays: Any) -> None:
     (length,) = struct.unpack("<Q", data[:8])
     metadata = json.loads(data[8 : 8 + length])["__metadata__"]
     kept = {name: array for name, array in {**load(data), **arrays}.items() if array is not None}
-    path.write_bytes(save(kept, metadata))
+    rewrite(path, kept, metadata)
+
+
+def rewrite(path: Path, arrays: dict[str, Any], metadata: dict[str, str]) -> None:
+    """Write a model file as somebody would who knows the format, its digest included."""
+    path.write_bytes(save(arrays, {**metadata, "digest": content_digest(metadata["model"], arrays)}))
+
+
+def test_a_flipped_bit_anywhere_in_the_file_is_found(saved: Path) -> None:
+    whole = saved.read_bytes()
+    for offset in range(0, len(whole), 13):
+        saved.write_bytes(whole[:offset] + bytes([whole[offset] ^ 4]) + whole[offset + 1 :])
+        with pytest.raises(ModelError):
+            Model.load(saved)
 
 
 def refusal(path: Path) -> str:

@@ -107,7 +107,7 @@ def predict(
         nodes=(fitted.node.key,),
         device=device,
         precision=fitted.spec.compute_dtype,
-        batch_size=batch_size or min(32, len(files)),
+        batch_size=batch_size,
     )
     predictions: list[Prediction] = []
     progress.start("predicting", total=len(files), unit="images")

@@ -149,7 +149,7 @@ def require_positive(name: str, value: Any, *, zero: bool = False) -> None:
         raise ValueError(f"{name} is {wanted}, not {value!r}")
 
 
-def require_count(name: str, value: Any) -> None:
-    """ValueError unless `value` is a whole number of at least 1."""
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} is a whole number of at least 1, not {value!r}")
+def require_count(name: str, value: Any, *, least: int = 1) -> None:
+    """ValueError unless `value` is a whole number of at least `least`."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} is a whole number of at least {least}, not {value!r}")

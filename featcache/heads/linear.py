@@ -57,6 +57,7 @@ class MinibatchHead(LinearHead):
         require_positive("lr", self.lr)
         require_count("epochs", self.epochs)
         require_count("batch_size", self.batch_size)
+        require_count("seed", self.seed, least=0)
 
     def _train(
         self, rows: NDArray[np.float32], codes: NDArray[np.intp]
