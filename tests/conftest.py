@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gaussians import PROVENANCE
 from PIL import Image
 
 from featcache.records import NO_FILE, ImageRecord, RowStatus
@@ -14,17 +15,6 @@ from featcache.spec import FeatureNode, FeatureSpec, Preprocessing
 from featcache.store.layout import SOURCE_DTYPE, RowTable, create_store
 from featcache.store.reader import FeatureStore
 from featcache.store.writer import StoreWriter
-
-PROVENANCE = {
-    "request": {},
-    "weights": {"source": "user", "label": "toy", "sha256": "0" * 64, "path": None, "file_sha256": None},
-    "versions": {},
-    "engine": "toy",
-    "device": "cpu",
-    "batch_size": 4,
-    "created": "2026-01-01T00:00:00+00:00",
-    "command": "tests",
-}
 
 
 def toy_spec(**changes: object) -> FeatureSpec:

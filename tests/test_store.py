@@ -291,3 +291,14 @@ def test_the_torch_dataset_gives_rows_and_labels(toy_store: Path) -> None:
     dataset = FeatureStore.open(toy_store).torch_dataset()
     row, label = dataset[3]
     assert (row.tolist(), label) == ([3, 4, 5], 1)
+
+
+def test_loader_workers_that_share_a_forked_store_get_the_right_rows(tmp_path: Path) -> None:
+    """Trap: one HDF5 handle used by several forked workers returns rows of others."""
+    from torch.utils.data import DataLoader
+
+    path = make_toy_store(tmp_path / "s.h5", n=400)
+    dataset = FeatureStore.open(path).torch_dataset()
+    loader = DataLoader(dataset, batch_size=7, num_workers=2, multiprocessing_context="fork")
+    rows = np.concatenate([batch.numpy() for batch, _ in loader])
+    np.testing.assert_array_equal(rows, np.arange(400)[:, None] + np.arange(3))
