@@ -53,7 +53,7 @@ def _emit(result: Any, *, as_json: bool) -> None:
 
 
 json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else there."
+    "--json", "as_json", is_flag=True, help="Print JSON on stdout and nothing else there."
 )
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress.")
 follow_links_option = click.option(

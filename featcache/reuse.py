@@ -70,7 +70,7 @@ class ReusePlan:
     origin_store: NDArray[np.int64]
     origin_row: NDArray[np.int64]
     sources: NDArray[Any]
-    reread: int  # files whose stat had changed or was unknown, and whose bytes were hashed
+    reread: int  # reused rows whose file's stat was not the recorded one, known by their bytes instead
     relabelled: int
     removed: int
 
@@ -128,7 +128,7 @@ def plan_reuse(
     if not any(cache.by_path for cache in caches):
         unknown = []  # nothing to find: the run itself will read and hash every file
     _take_by_content(plan, unknown, workers=workers, on_read=on_read)
-    return _count(plan, reread=len(unknown))
+    return _count(plan, reread=int((plan.origin_store[unknown] >= 0).sum()) if unknown else 0)
 
 
 def _take_by_stat(plan: ReusePlan, i: int, record: ImageRecord) -> bool:

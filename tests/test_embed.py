@@ -439,6 +439,81 @@ def test_a_killed_growth_keeps_the_old_store_and_goes_on(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fresh.h5", "many", "store.h5"]
 
 
+def stop_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
+    """Ctrl-C in the forward pass after so many."""
+    from featcache.engines.torch_eager import TorchEager
+
+    plain, calls = TorchEager.embed, iter(range(batches))
+
+    def embed_or_stop(self: TorchEager, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return plain(self, pixels)
+
+    monkeypatch.setattr(TorchEager, "embed", embed_or_stop)
+
+
+def test_rows_of_a_growth_that_no_longer_fits_are_kept_until_they_are_copied(
+    many: Path, store: Path, save_image: Callable[..., Path]
+) -> None:
+    embed(many, store, backbone=TOY)
+    for i in range(600):
+        save_image(many / "class9" / f"{i:03d}.png", seed=5000 + i, size=(20, 20))
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 60)
+        with pytest.raises(KeyboardInterrupt):
+            embed(many, store, backbone=TOY)
+    before = embed(many, store, backbone=TOY, dry_run=True)
+    assert before.embedded < 600
+    for i in range(300):
+        save_image(many / "a_first_class" / f"{i:03d}.png", seed=9000 + i, size=(20, 20))
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            embed(many, store, backbone=TOY)
+    assert embed(many, store, backbone=TOY, dry_run=True).embedded <= before.embedded + 300
+    assert embed(many, store, backbone=TOY).rows == 1500
+    for path, (vector, _) in list(by_id(store).items())[::97]:
+        np.testing.assert_allclose(vector, by_hand(many / path), atol=1e-6)
+    assert sorted(p.name for p in store.parent.iterdir()) == ["many", "store.h5"]
+
+
+def test_a_growth_of_other_weights_is_never_taken_for_the_store(
+    photos: Path, store: Path, tmp_path: Path
+) -> None:
+    def embed_seed(path: Path, seed: int) -> EmbedResult:
+        return embed(photos, path, backbone="resnet18", weights="random", seed=seed)
+
+    embed_seed(store, 1)
+    mine = by_id(store)
+    embed_seed(tmp_path / "other.h5", 0)
+    (tmp_path / "other.h5").rename(tmp_path / "store.h5.growing")
+    assert counts(embed_seed(store, 1)) == {"rows": 6, "reused": 6}
+    assert by_id(store) == mine
+
+
+def test_a_linked_store_is_the_store_it_links_to(
+    photos: Path, store: Path, save_image: Callable[..., Path]
+) -> None:
+    embed(photos, store, backbone=TOY)
+    link = store.with_name("link.h5")
+    link.symlink_to(store.name)
+    save_image(photos / "class0" / "new.png", seed=77)
+    assert counts(embed(photos, link, backbone=TOY)) == {"rows": 7, "embedded": 1, "reused": 6}
+    assert link.is_symlink()
+    assert len(by_id(store)) == 7
+
+
+def test_another_backbone_is_refused_before_its_weights_are_looked_for(
+    photos: Path, store: Path, embedded: EmbedResult, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(
+        SpecMismatch, match="channel_mean.* features.*not resnet18.*pass --backbone channel_mean"
+    ):
+        embed(photos, store, backbone="resnet18")
+
+
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_an_interrupted_run_says_what_is_kept(many: Path, tmp_path: Path, name: str, code: int) -> None:
     arguments = (str(many), "-o", str(tmp_path / "s.h5"), "--backbone", "killed_backbone:backbone")

@@ -299,6 +299,8 @@ def test_loader_workers_that_share_a_forked_store_get_the_right_rows(tmp_path: P
 
     path = make_toy_store(tmp_path / "s.h5", n=400)
     dataset = FeatureStore.open(path).torch_dataset()
+    handles = h5py.h5f.OBJ_FILE | h5py.h5f.OBJ_DATASET
+    assert h5py.h5f.get_obj_count(h5py.h5f.OBJ_ALL, handles) == 0, "a handle that forks would share"
     loader = DataLoader(dataset, batch_size=7, num_workers=2, multiprocessing_context="fork")
     rows = np.concatenate([batch.numpy() for batch, _ in loader])
     np.testing.assert_array_equal(rows, np.arange(400)[:, None] + np.arange(3))

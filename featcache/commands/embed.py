@@ -21,7 +21,7 @@ from featcache.backbones import load_backbone, prove_weights
 from featcache.backbones.weights import RANDOM
 from featcache.disk import disk_errors, sync_directory
 from featcache.engines import Engine, make_engine
-from featcache.errors import StoreError, TooManyFailures
+from featcache.errors import SpecMismatch, StoreError, TooManyFailures
 from featcache.filling import StoreFilling
 from featcache.images import scan_images
 from featcache.images.paths import resolve
@@ -143,7 +143,7 @@ def embed(
     """
     begun = time.perf_counter()
     run = _Run(
-        output=Path(output),
+        output=Path(os.path.realpath(output)) if os.path.islink(output) else Path(output),
         request=EmbedRequest(
             backbone=backbone,
             weights=_absolute(weights),
@@ -189,12 +189,24 @@ class _Run:
     weights: Mapping[str, Any] | None = None
 
     @property
-    def growing(self) -> Path:
-        return self.output.with_name(self.output.name + ".growing")
+    def growths(self) -> list[Path]:
+        """The unfinished growths there are, oldest first: `STORE.growing`, `STORE.growing.1`, …
+
+        A growth that no longer fits is not replaced but joined by a further one, since its rows may be in
+        no other file.
+        """
+        found: list[Path] = []
+        while self._growth(len(found)).exists():
+            found.append(self._growth(len(found)))
+        return found
+
+    def _growth(self, number: int) -> Path:
+        return self.output.with_name(self.output.name + ".growing" + (f".{number}" if number else ""))
 
     def dry(self, listing: Listing) -> EmbedResult:
         stores = self._open_stores()
         spec, _ = self._settle_spec(stores)
+        stores = [store for store in stores if store.fingerprint == spec.fingerprint()]
         plan = self._plan(listing, stores)
         status = plan.reused_status
         return self._result(plan, spec=spec, status=status, embedded=len(plan.pending), dry_run=True)
@@ -202,6 +214,8 @@ class _Run:
     def embed(self, listing: Listing) -> EmbedResult:
         stores = self._open_stores()
         spec, how = self._settle_spec(stores)
+        # A growth of another spec than the store's, left by whatever way, has nothing to offer.
+        stores = [store for store in stores if store.fingerprint == spec.fingerprint()]
         plan = self._plan(listing, stores)
         index = next((i for i in range(len(stores)) if plan.can_continue(i)), None)
         if index is not None and not len(plan.pending):
@@ -228,7 +242,7 @@ class _Run:
             status=filling.status,
             embedded=done,
             reasons=filling.reasons,
-            notes=(*listing.notes, *filling.notes(), *([self._how(plan, how)] if not done else [])),
+            notes=(*listing.notes, *filling.notes(), *([] if len(plan.pending) else [self._how(plan, how)])),
         )
         return replace(
             result,
@@ -237,13 +251,14 @@ class _Run:
         )
 
     def _open_stores(self) -> list[FeatureStore]:
-        """An unfinished growth first, so that its newer rows are found first; then the store itself."""
+        """Unfinished growths first, so that its newer rows are found first; then the store itself."""
         stores = []
-        if self.growing.exists():
-            with suppress(StoreError):  # what a damaged growth held is computed again
-                stores.append(FeatureStore.open(self.growing, check=False))
-        if self.output.exists():
-            stores.append(FeatureStore.open(self.output, check=False))
+        with disk_errors(self.output, doing="opening"):
+            for path in reversed(self.growths):
+                with suppress(StoreError):  # what a damaged growth held is computed again
+                    stores.append(FeatureStore.open(path, check=False))
+            if self.output.exists():
+                stores.append(FeatureStore.open(self.output, check=False))
         return stores
 
     def _settle_spec(self, stores: Sequence[FeatureStore]) -> tuple[FeatureSpec, str]:
@@ -251,12 +266,28 @@ class _Run:
         for store in reversed(stores):
             proof = prove_weights(store.provenance, self.request.as_json())
             if proof:
+                self._require_same(stores, store.spec)
                 self.spec = store.spec
                 return store.spec, proof
-        spec = self._load_engine(batch_size=self._recorded_batch_size(stores))
         for store in stores:
-            require_same_spec(store.spec, spec, where=str(self.output))
+            self._require_same_backbone(store)
+        spec = self._load_engine(batch_size=self._recorded_batch_size(stores))
+        self._require_same(stores, spec)
         return spec, f"weights {spec.weights_sha256[:12]} loaded and compared"
+
+    def _require_same(self, stores: Sequence[FeatureStore], spec: FeatureSpec) -> None:
+        for store in stores:
+            if store.path == self.output:
+                require_same_spec(store.spec, spec, where=str(self.output))
+
+    def _require_same_backbone(self, store: FeatureStore) -> None:
+        """Refuse another backbone by its name alone, before its weights are looked for."""
+        have, want = store.spec.backbone, self.request.backbone.partition("@")[0]
+        if have != want:
+            raise SpecMismatch(
+                f"{self.output} holds {have} features: backbone is {have}, not {want}. "
+                f"Choose another --output, or pass --backbone {have}."
+            )
 
     def _recorded_batch_size(self, stores: Sequence[FeatureStore]) -> int | None:
         return self.batch_size or (stores[0].provenance.get("batch_size") if stores else None)
@@ -292,7 +323,7 @@ class _Run:
 
     def _create(self, plan: ReusePlan, spec: FeatureSpec) -> FeatureStore:
         """A new store for the plan's rows: under the output's name if that is free, beside it otherwise."""
-        path = self.growing if self.output.exists() else self.output
+        path = self._growth(len(self.growths)) if self.output.exists() else self.output
         if self.engine is None and len(plan.pending):
             self._make_engine(plan.caches[-1].store)
         old = plan.caches[-1].store.provenance if plan.caches else {}
@@ -319,11 +350,12 @@ class _Run:
     def _take_name(self, path: Path) -> None:
         """A finished growth takes the store's name; readers of the old file keep it."""
         with disk_errors(self.output, doing="renaming"):
-            if path == self.growing:
-                os.replace(self.growing, self.output)
+            growths = self.growths
+            if path != self.output:
+                os.replace(path, self.output)
                 sync_directory(self.output.parent)
-            else:
-                self.growing.unlink(missing_ok=True)
+            for growth in reversed(growths):
+                growth.unlink(missing_ok=True)
 
     def _fill(self, filling: StoreFilling, stages: StageSeconds) -> None:
         plan = filling.plan

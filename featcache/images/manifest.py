@@ -216,6 +216,8 @@ def _relative_path(text: str) -> str:
 
 
 def _label(text: str) -> str | None:
+    if "\0" in text:
+        raise _BadLine("the label holds a NUL byte, which no class name can")
     if text and not text.strip():
         raise _BadLine("the label is only white space; leave it empty for an image without one")
     return text or None
