@@ -17,9 +17,10 @@ class BackboneTable:
 
     def describe(self) -> str:
         width = max(len(row.name) for row in self.rows)
-        lines = [f"{'name':{width}} {'features':>8} {'parameters':>12}  {'weights':30} here"]
+        origin = max(len(row.weights) for row in self.rows)
+        lines = [f"{'name':{width}} {'features':>8} {'parameters':>12}  {'weights':{origin}} here"]
         lines += [
-            f"{row.name:{width}} {row.num_features:>8,} {row.num_params:>12,}  {row.weights:30} "
+            f"{row.name:{width}} {row.num_features:>8,} {row.num_params:>12,}  {row.weights:{origin}} "
             f"{'yes' if row.available else 'no'}"
             for row in self.rows
         ]

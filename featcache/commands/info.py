@@ -16,6 +16,8 @@ from featcache.records import SPLITS
 from featcache.store.layout import NO_SPLIT
 from featcache.store.reader import FeatureStore
 
+_TABLES = ("classes", "confusion", "per_class")  # of the metrics; the report beside a model has them
+
 
 @dataclass(frozen=True, kw_only=True)
 class Info:
@@ -87,7 +89,7 @@ def _model_facts(path: Path, model: Model) -> dict[str, Any]:
         "spec": model.spec.flat(),
         "fingerprint": model.fingerprint,
         "weights": f"{model.weights['source']}, {model.weights['label']}",
-        "metrics": dict(model.metrics),
+        "metrics": {name: value for name, value in model.metrics.items() if name not in _TABLES},
         "bytes": os.path.getsize(path),
     }
 
@@ -110,7 +112,7 @@ def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
 def _word(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, dict):
+    if value is None or isinstance(value, dict):
         return "none"
     if isinstance(value, list | tuple) and len(value) <= 20:
         return ", ".join(map(_word, value))
