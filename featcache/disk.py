@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -9,6 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from featcache.errors import DiskError
+
+_REMEDIES = {
+    errno.ENOSPC: "free space",
+    errno.EDQUOT: "free space",
+    errno.ENOENT: "make the folder",
+    errno.EACCES: "allow writing there",
+    errno.EPERM: "allow writing there",
+}
 
 
 @contextmanager
@@ -20,7 +29,8 @@ def disk_errors(path: Path, *, doing: str) -> Iterator[None]:
         reason = os.strerror(exc.errno) if exc.errno else str(exc)
         raise DiskError(
             f"{doing} {path} failed: {reason}. What was acknowledged is kept; "
-            "free space or choose another --output, then run the same command again."
+            f"{_REMEDIES.get(exc.errno or 0, 'mend that')} or choose another --output, "
+            "then run the same command again."
         ) from exc
 
 
