@@ -22,8 +22,8 @@ NAME = "torch-eager"
 # Parameters of glibc's mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
-# On a CPU small batches stay in its caches: EfficientNet-Lite0 at 224 px on two cores does 62 images/s in
-# batches of 8 and 40 in batches of 32, ResNet-18 47 and 46.
+# From one run on two busy cores before freed memory was kept; `scripts/bench_engine.py` measures it anew. The
+# values for accelerators are guesses.
 _BATCH_SIZE = {"cpu": 8, "cuda": 256, "mps": 64}
 
 
@@ -127,8 +127,8 @@ def make(
 def keep_freed_memory() -> None:
     """Tell glibc to keep the memory of freed activations for the next batch instead of unmapping it.
 
-    Every batch needs the same buffers again, and mapping them anew costs a page fault for each 4 KiB: as much
-    time as the arithmetic itself (docs/benchmarks.md). Holds for the whole process; elsewhere does nothing.
+    Every batch needs the same buffers again, and mapping them anew costs a page fault for each 4 KiB.
+    `scripts/bench_engine.py` measures it. Holds for the whole process; elsewhere does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
