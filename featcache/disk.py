@@ -1,12 +1,17 @@
-"""Writing so that a crash leaves the old file or the new one, and so that a failure is one line."""
+"""Writing so that a crash leaves the old file or the new one, and so that a failure is one line.
+
+Every call that changes a store or a model is made here: a crash or a failing disk strikes at one of these.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
-import tempfile
-from collections.abc import Iterator
+import secrets
+import stat
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 
 from featcache.errors import DiskError
@@ -18,6 +23,12 @@ _REMEDIES = {
     errno.EACCES: "allow writing there",
     errno.EPERM: "allow writing there",
 }
+
+
+class NotARegularFile(OSError):
+    """A folder, a pipe, a device: what is no file of ours."""
+
+    strerror = "it is not a regular file"
 
 
 @contextmanager
@@ -34,6 +45,109 @@ def disk_errors(path: Path, *, doing: str) -> Iterator[None]:
         ) from exc
 
 
+@contextmanager
+def read_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError of the disk into one line; one without a number is about the file and goes on."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno is None:
+            raise
+        raise DiskError(
+            f"reading {path} failed: {os.strerror(exc.errno)}. Mend that, then run the same command again."
+        ) from exc
+
+
+def open_regular(path: Path) -> FileIO:
+    """Open a file for reading. NotARegularFile, or another OSError where it cannot be read.
+
+    Whoever hands over a pipe, a device or a folder must not make us wait, or read for ever.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as exc:
+        if exc.errno in (errno.ENXIO, errno.ELOOP):  # a socket or a device without driver; a link to itself
+            raise NotARegularFile from exc
+        raise
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise NotARegularFile
+        return FileIO(fd, "rb")
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def create_whole(path: Path, size: int, extents: Iterable[tuple[int, bytes]], *, temporary: Path) -> None:
+    """Write a file of `size` bytes, zeros but for `extents` of (offset, bytes), then give it its name.
+
+    Its disk space is taken before anything is written, where the file system can do that. Until it is whole
+    it is called `temporary`; one of that name, left by a kill, is removed.
+    """
+    temporary.unlink(missing_ok=True)
+    try:
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            take_space(fd, size)
+            for offset, data in extents:
+                write_at(fd, data, offset)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        replace_durably(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def take_space(fd: int, size: int) -> None:
+    """Reserve the whole file, so that a full disk is met here and not in the middle of the run."""
+    os.ftruncate(fd, size)
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as exc:
+        # Some file systems cannot reserve. A full disk is met at a later write then, as a clean error too.
+        if exc.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+
+
+def write_at(fd: int, data: bytes | memoryview, offset: int) -> int:
+    """Write all of `data` at `offset`; the number of bytes."""
+    left = memoryview(data).cast("B")
+    while left:
+        written = os.pwrite(fd, left, offset)
+        if not written:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        left, offset = left[written:], offset + written
+    return len(data)
+
+
+def sync_data(fd: int) -> None:
+    """Return once what was written to the file survives a power cut."""
+    if hasattr(os, "fdatasync"):
+        os.fdatasync(fd)
+    else:
+        os.fsync(fd)
+
+
+def sync_file(path: Path) -> None:
+    """Return once the file and its name survive a power cut, whoever wrote them."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    sync_directory(path.parent)
+
+
+def replace_durably(source: Path, target: Path) -> None:
+    """Give `source` the name `target` in one step that survives a power cut once this returns."""
+    os.replace(source, target)
+    sync_directory(target.parent)
+
+
 def sync_directory(directory: Path) -> None:
     """Make a rename in `directory` survive a power cut."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -45,24 +159,7 @@ def sync_directory(directory: Path) -> None:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write `data` so that `path` is the old file or the new one, whole, whatever happens. DiskError."""
-    temporary: str | None = None
+    # A name of its own: nothing keeps two processes from writing the same file, and the last one wins.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     with disk_errors(path, doing="writing"):
-        try:
-            fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            with os.fdopen(fd, "wb") as file:
-                os.fchmod(file.fileno(), 0o666 & ~_umask())
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            temporary = None
-            sync_directory(path.parent)
-        finally:
-            if temporary is not None:
-                os.unlink(temporary)
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+        create_whole(path, len(data), [(0, data)], temporary=temporary)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -39,6 +39,9 @@ class Preprocessing:
     exif: str = EXIF_POLICY
 
     def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            # 0 and 0.0 are one number, and must be one fingerprint.
+            object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
         if self.resize_size < 1 or self.crop_size < 1:
             raise ValueError(f"sizes are positive pixels, not {self.resize_size} and {self.crop_size}")
         if self.interpolation not in get_args(Interpolation):
@@ -116,19 +119,43 @@ def spec_differences(have: FeatureSpec, want: FeatureSpec) -> Mapping[str, tuple
     return {name: (a[name], b[name]) for name in a if a[name] != b[name]}
 
 
+def describe_differences(have: FeatureSpec, want: FeatureSpec) -> str:
+    """The fields in which two specs differ, in words; "" when they are equal."""
+    differences = spec_differences(have, want)
+    return "; ".join(
+        f"{name} is {show_value(a)}, not {show_value(b)}" for name, (a, b) in differences.items()
+    )
+
+
 def require_same_spec(have: FeatureSpec, want: FeatureSpec, *, where: str) -> None:
     """Raise `SpecMismatch` naming every field in which the features at `where` are not the ones wanted."""
-    differences = spec_differences(have, want)
-    if not differences:
+    said = describe_differences(have, want)
+    if not said:
         return
-    said = "; ".join(f"{name} is {_short(a)}, not {_short(b)}" for name, (a, b) in differences.items())
     raise SpecMismatch(
         f"{where} holds {have.backbone} features of another spec: {said}. "
         "Choose another --output, or ask for what the store holds."
     )
 
 
-def _short(value: object) -> str:
+def require_shallow(document: object, *, levels: int = 32) -> None:
+    """ValueError for JSON nested so deeply that printing it would fail; none of ours is."""
+    level = [document]
+    for _ in range(levels):
+        level = [inner for value in level for inner in _inside(value)]
+        if not level:
+            return
+    raise ValueError(f"it is nested more than {levels} levels deep")
+
+
+def _inside(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def show_value(value: object) -> str:
+    """The value of a field for a message: of a digest, what tells it from others."""
     text = str(value)
     is_digest = len(text) == 64 and all(c in "0123456789abcdef" for c in text)
     return f"{text[:12]}…" if is_digest else text

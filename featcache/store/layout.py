@@ -1,37 +1,41 @@
-"""The bytes of a store: creating one complete, and opening one without believing it.
+"""The structure of a store: creating one complete, and opening one without believing it.
 
-`create_store` is the only place where libhdf5 writes. `read_layout` lets libhdf5 read the structure, checks
-every claim it makes against the file, and hands out byte regions; nothing else in featcache uses h5py.
+`create_store` lets libhdf5 lay the structure out in memory and writes it to the disk itself; nothing else in
+featcache uses h5py. `read_layout` checks every claim the structure makes against the file, and hands out byte
+regions.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import mmap
-import os
-import stat
+import math
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.disk import disk_errors, sync_directory
-from featcache.errors import DamagedStore, NotAStore
+from featcache.disk import NotARegularFile, create_whole, disk_errors, open_regular, read_errors
+from featcache.errors import DamagedStore, DiskError, FeatcacheError, NotAStore, StoreError
 from featcache.records import SPLITS, ImageRecord
-from featcache.spec import FeatureSpec
+from featcache.spec import FeatureSpec, require_shallow
+from featcache.store.hdf5 import SIGNATURE, Dataset, ForeignHDF5, Group, encode_datatype, read_root, text_size
+from featcache.store.storage import MappedFile, ReadsInto, SparseBytes
 
 ENCODING_TYPE = "featcache-store"
 ENCODING_VERSION = "1"
 ALIGNMENT = 4096  # bytes; feature datasets begin on a page
 NO_SPLIT = 255
 NO_LABEL = -1
-_MAX_ATTRIBUTE = 1 << 20  # bytes; a larger attribute is not one of ours
+SEAL_DTYPE = np.dtype("S64")
+_MAX_ATTRIBUTE = 64_000  # bytes; libhdf5 keeps larger ones in another form
+_HASHED_AT_ONCE = 1 << 20  # bytes
+# What reading damaged structure, and the JSON in it, raises.
+_STRUCTURE_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, UnicodeError)
 
 SOURCE_DTYPE = np.dtype([("sha256", "u1", (32,)), ("size", "<i8"), ("mtime_ns", "<i8"), ("ctime_ns", "<i8")])
 RECORD_DTYPE = np.dtype(
@@ -45,7 +49,7 @@ RECORD_DTYPE = np.dtype(
     }
 )  # fmt: skip
 _TEXT_ATTRIBUTES = (
-    "encoding-type", "encoding-version", "uuid", "fingerprint", "spec", "provenance", "static-digest",
+    "encoding-type", "encoding-version", "uuid", "fingerprint", "spec", "provenance",
 )  # fmt: skip
 
 
@@ -61,10 +65,25 @@ class Region:
     def row_bytes(self) -> int:
         return int(self.dtype.itemsize * np.prod(self.shape[1:], dtype=np.int64))
 
-    def map(self, buffer: mmap.mmap) -> NDArray[Any]:
+    @property
+    def nbytes(self) -> int:
+        return self.row_bytes * self.shape[0]
+
+    def map(self, buffer: Any) -> NDArray[Any]:
         """The dataset as a read-only array over the mapped file."""
         count = int(np.prod(self.shape, dtype=np.int64))
         return np.frombuffer(buffer, self.dtype, count, self.offset).reshape(self.shape)
+
+    def read(self, buffer: Any, rows: slice = slice(None)) -> NDArray[Any]:
+        """Some rows as an array of their own. OSError where the disk does not give them."""
+        if not isinstance(buffer, MappedFile):
+            return self.map(buffer)[rows]  # a copy would not copy the padding of records
+        first, stop, _ = rows.indices(self.shape[0])
+        array = np.empty((stop - first, *self.shape[1:]), self.dtype)
+        if array.size:
+            view = array.reshape(-1).view(np.uint8).data
+            buffer.read_into(view, self.offset + first * self.row_bytes)
+        return array
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -111,7 +130,7 @@ class StoreLayout:
     """The checked structure of a store, and its bytes as they were found: the map outlives a rename."""
 
     path: Path
-    buffer: mmap.mmap
+    buffer: Any  # a MappedFile; in memory, any buffer
     spec: FeatureSpec
     fingerprint: str
     uuid: str
@@ -134,6 +153,11 @@ class StoreLayout:
     def map(self, region: Region) -> NDArray[Any]:
         return region.map(self.buffer)
 
+    def read(self, region: Region, rows: slice = slice(None)) -> NDArray[Any]:
+        """Some rows as an array of their own. DiskError where the disk does not give them."""
+        with read_errors(self.path):
+            return region.read(self.buffer, rows)
+
     def rows_of(self, block: int) -> slice:
         first = block * self.block_rows
         return slice(first, min(first + self.block_rows, self.n_rows))
@@ -147,98 +171,108 @@ def create_store(
     A kill at any moment leaves either no file at `path` or a whole one. Disk space for all rows is taken
     before any work is done. DiskError: no space, no permission, an I/O error.
     """
-    temporary = path.with_name(path.name + ".creating")
+    structure = SparseBytes()
+    _lay_out(structure, spec=spec, table=table, provenance=provenance, block_rows=block_rows)
     with disk_errors(path, doing="creating"):
-        temporary.unlink(missing_ok=True)
-        try:
-            _write_structure(temporary, spec=spec, table=table, provenance=provenance, block_rows=block_rows)
-            with open(temporary, "r+b") as file:
-                _take_space(file.fileno())
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        sync_directory(path.parent)
+        temporary = path.with_name(path.name + ".creating")
+        create_whole(path, structure.size, structure.extents(), temporary=temporary)
 
 
-def _write_structure(
-    path: Path, *, spec: FeatureSpec, table: RowTable, provenance: Mapping[str, Any], block_rows: int
+def _lay_out(
+    target: SparseBytes,
+    *,
+    spec: FeatureSpec,
+    table: RowTable,
+    provenance: Mapping[str, Any],
+    block_rows: int,
 ) -> None:
+    """The bytes of an empty store, sealed: the datasets whose rows are still to come hold nothing yet."""
+    import h5py  # here, since reading does without it
+
     n = len(table.ids)
-    n_blocks = -(-n // block_rows)
-    ids, classes = _fixed_text(table.ids), _fixed_text(table.classes)
-    provenance_json = json.dumps(provenance, sort_keys=True)
-    identity = uuid.uuid4().hex
     with h5py.File(
-        path, "x", libver=("v110", "v110"), alignment_threshold=ALIGNMENT, alignment_interval=ALIGNMENT
+        target, "w", libver=("v110", "v110"), alignment_threshold=ALIGNMENT, alignment_interval=ALIGNMENT
     ) as file:
         features = file.create_group("features")
-        for node in spec.nodes:
-            _allocate(features, node.key, (n, node.num_features), _feature_dtype(spec))
-        _allocate(file, "row_status", (n,), np.dtype("u1"))
-        _allocate(file, "sources", (n,), SOURCE_DTYPE)
-        _allocate(file, "blocks", (n_blocks,), RECORD_DTYPE)
+        rows = [
+            _allocate(features, node.key, (n, node.num_features), _feature_dtype(spec)) for node in spec.nodes
+        ]
+        rows += [
+            _allocate(file, "row_status", (n,), np.dtype("u1")),
+            _allocate(file, "sources", (n,), SOURCE_DTYPE),
+            _allocate(file, "blocks", (-(-n // block_rows),), RECORD_DTYPE),
+        ]
         for name, array in (("labels", table.labels.astype("<i8")), ("splits", table.splits)):
             file.create_dataset(name, data=array)
-        for name, array in (("ids", ids), ("classes", classes)):
+        for name, texts in (("ids", table.ids), ("classes", table.classes)):
+            array = _fixed_text(texts)
             file.create_dataset(name, data=array.astype(h5py.string_dtype("utf-8", array.dtype.itemsize)))
+        seal = _allocate(file, "seal", (1,), SEAL_DTYPE, kind=h5py.string_dtype("utf-8", 64))
         file.attrs["block-rows"] = np.int64(block_rows)
-        texts = {
+        attributes = {
             "encoding-type": ENCODING_TYPE,
             "encoding-version": ENCODING_VERSION,
-            "uuid": identity,
+            "uuid": uuid.uuid4().hex,
             "fingerprint": spec.fingerprint(),
             "spec": spec.to_json(),
-            "provenance": provenance_json,
-            "static-digest": _static_digest(
-                table.labels, table.splits, ids, classes, texts=(identity, spec.to_json(), provenance_json)
-            ),
+            "provenance": json.dumps(provenance, sort_keys=True),
         }
-        for name, text in texts.items():
+        for name, text in attributes.items():
             data = np.bytes_(text.encode())
+            if len(data) > _MAX_ATTRIBUTE:
+                raise StoreError(
+                    f"{name} of a store takes {len(data):,} bytes here, and at most {_MAX_ATTRIBUTE:,} can "
+                    "be kept. Ask for fewer nodes."
+                )
             file.attrs.create(name, data, dtype=h5py.string_dtype("utf-8", len(data)))
+    target.write_at(seal.offset, compute_seal(target, target.size, [*rows, seal]).encode())
+
+
+def compute_seal(source: ReadsInto, size: int, left_out: Iterable[Region]) -> str:
+    """sha256 of the `size` bytes of a store but for those of some datasets, 64 hexadecimal digits."""
+    digest, at = hashlib.sha256(), 0
+    for region in sorted(left_out, key=lambda region: region.offset):
+        if region.nbytes:
+            _hash_range(digest, source, at, region.offset)
+            at = region.offset + region.nbytes
+    _hash_range(digest, source, at, size)
+    return digest.hexdigest()
+
+
+def _hash_range(digest: Any, source: ReadsInto, start: int, stop: int) -> None:
+    buffer = memoryview(bytearray(min(stop - start, _HASHED_AT_ONCE)))
+    while start < stop:
+        part = buffer[: stop - start]
+        source.read_into(part, start)
+        digest.update(part)
+        start += len(part)
 
 
 def _feature_dtype(spec: FeatureSpec) -> np.dtype[Any]:
     return np.dtype(spec.store_dtype).newbyteorder("<")
 
 
-def _allocate(group: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    """A contiguous dataset whose place in the file is fixed now and whose bytes libhdf5 never writes."""
+def _allocate(
+    group: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], *, kind: Any = None
+) -> Region:
+    """A contiguous dataset whose place in the file is fixed now and whose bytes libhdf5 never writes.
+
+    kind: the dtype as h5py wants it told, where that is another.
+    """
+    import h5py
+
     creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     creation.set_layout(h5py.h5d.CONTIGUOUS)
     creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    kind = h5py.h5t.py_create(dtype, logical=True)
-    h5py.h5d.create(group.id, name.encode(), kind, h5py.h5s.create_simple(shape), creation)
+    of_type = h5py.h5t.py_create(kind or dtype, logical=True)
+    space = h5py.h5s.create_simple(shape)
+    dataset = h5py.h5d.create(group.id, name.encode(), of_type, space, creation)
+    return Region(offset=dataset.get_offset() or 0, dtype=dtype, shape=shape)
 
 
 def _fixed_text(texts: tuple[str, ...]) -> NDArray[np.bytes_]:
     return np.array([text.encode() for text in texts] or np.empty(0, "S1"), dtype=np.bytes_)
-
-
-def _static_digest(
-    labels: NDArray[Any],
-    splits: NDArray[Any],
-    ids: NDArray[np.bytes_],
-    classes: NDArray[np.bytes_],
-    *,
-    texts: tuple[str, ...],
-) -> str:
-    digest = hashlib.sha256()
-    for array in (labels.astype("<i8"), splits, ids, classes):
-        digest.update(f"{array.dtype.itemsize}x{array.shape[0]};".encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
-    for text in texts:
-        digest.update(f"{len(text.encode())};".encode() + text.encode())
-    return digest.hexdigest()
-
-
-def _take_space(fd: int) -> None:
-    """Reserve every block of the file, so that a full disk is met here and not in the middle of the run."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(fd, 0, os.fstat(fd).st_size)
 
 
 def read_layout(path: Path) -> StoreLayout:
@@ -247,48 +281,58 @@ def read_layout(path: Path) -> StoreLayout:
     NotAStore: another kind of file, a newer version, or an HDF5 feature a store never has. DamagedStore: a
     store whose structure does not hold together.
     """
+    file = _map_file(path)
     try:
-        status = os.stat(path)
-    except OSError as exc:
+        # What is mapped is what is read: a grown store may take the name meanwhile.
+        with read_errors(path):
+            return _check_structure(read_root(file, len(file)), path, file)
+    except ForeignHDF5 as exc:
+        file.release()
         raise NotAStore(
-            f"{path} cannot be opened: {os.strerror(exc.errno or 0)}. "
-            "Make a store with `featcache embed DATA -o STORE.h5`."
+            f"{path} is an HDF5 file but not a feature store (it {exc}); "
+            "a store is made by `featcache embed DATA -o STORE.h5`."
         ) from exc
-    if not stat.S_ISREG(status.st_mode):
-        raise NotAStore(f"{path} is not a regular file; a store is one HDF5 file.")
-    try:
-        with open(path, "rb") as raw:
-            if raw.read(8) != b"\x89HDF\r\n\x1a\n":
-                raise NotAStore(
-                    f"{path} is not an HDF5 file; a store is made by `featcache embed DATA -o STORE.h5`."
-                )
-            opened = os.fstat(raw.fileno())
-            buffer = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as exc:
-        raise NotAStore(f"{path} cannot be read: {os.strerror(exc.errno or 0)}.") from exc
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            if not os.path.samestat(opened, os.stat(path)):
-                return read_layout(path)  # a grown store took the name in between
-            return _check_structure(file, path, buffer)
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, UnicodeError) as exc:
+    except _STRUCTURE_ERRORS as exc:
+        file.release()
         raise DamagedStore(
             f"{path} is damaged: its structure cannot be read ({_first_line(exc)}). "
             "Restore it from a copy, or delete it and embed again."
         ) from exc
+    except FeatcacheError:
+        file.release()
+        raise
+
+
+def _map_file(path: Path) -> MappedFile:
+    try:
+        with read_errors(path), open_regular(path) as file:
+            if file.read(len(SIGNATURE)) != SIGNATURE:
+                raise NotAStore(
+                    f"{path} is not an HDF5 file; a store is made by `featcache embed DATA -o STORE.h5`."
+                )
+            return MappedFile.of(file.fileno())
+    except NotARegularFile as exc:
+        raise NotAStore(f"{path} is not a regular file; a store is one HDF5 file.") from exc
+    except DiskError as exc:
+        if isinstance(exc.__cause__, FileNotFoundError | NotADirectoryError):
+            raise NotAStore(
+                f"{path} cannot be opened: {exc.__cause__.strerror}. "
+                "Make a store with `featcache embed DATA -o STORE.h5`."
+            ) from exc
+        raise
 
 
 def _first_line(exc: BaseException) -> str:
     return (str(exc).splitlines() or [type(exc).__name__])[0][:160]
 
 
-def _check_structure(file: Any, path: Path, buffer: mmap.mmap) -> StoreLayout:
-    texts = _read_texts(file, path)
+def _check_structure(root: Group, path: Path, buffer: MappedFile) -> StoreLayout:
+    texts = _read_texts(root, path)
     spec = FeatureSpec.from_json(texts["spec"])
-    regions = _Regions(file, path, len(buffer))
+    regions = _Regions(root, path, len(buffer))
     labels = regions.take("labels", np.dtype("<i8"))
     n = labels.shape[0]
-    block_rows = _read_block_rows(file)
+    block_rows = _read_block_rows(root)
     features = {
         node.key: regions.take(f"features/{node.key}", _feature_dtype(spec), (n, node.num_features))
         for node in spec.nodes
@@ -298,29 +342,24 @@ def _check_structure(file: Any, path: Path, buffer: mmap.mmap) -> StoreLayout:
     blocks = regions.take("blocks", RECORD_DTYPE, (-(-n // block_rows),))
     splits = regions.take("splits", np.dtype("u1"), (n,))
     ids, classes = regions.take_text("ids", n), regions.take_text("classes", None)
+    seal = regions.take_text("seal", 1)
     regions.refuse_overlap()
 
-    arrays = {
-        name: np.array(region.map(buffer))
-        for name, region in (("labels", labels), ("splits", splits), ("ids", ids), ("classes", classes))
-    }
-    digest = _static_digest(
-        arrays["labels"],
-        arrays["splits"],
-        arrays["ids"],
-        arrays["classes"],
-        texts=(texts["uuid"], texts["spec"], texts["provenance"]),
-    )
-    if digest != texts["static-digest"] or spec.fingerprint() != texts["fingerprint"]:
+    sealed = compute_seal(buffer, len(buffer), [*features.values(), row_status, sources, blocks, seal])
+    if seal.read(buffer).tobytes() != sealed.encode() or spec.fingerprint() != texts["fingerprint"]:
         raise DamagedStore(
-            f"{path} is damaged: its ids, labels, classes or spec do not match their checksum. "
-            "Restore it from a copy, or delete it and embed again."
+            f"{path} is damaged: its ids, labels, classes, spec or structure do not match the checksum they "
+            "were sealed with. Restore it from a copy, or delete it and embed again."
         )
+    provenance = json.loads(texts["provenance"])
+    if not isinstance(provenance, dict):
+        raise ValueError("provenance is a JSON object")
+    require_shallow(provenance)
     table = RowTable(
-        ids=tuple(raw.decode() for raw in arrays["ids"].tolist()),
-        labels=arrays["labels"].astype(np.int64),
-        splits=arrays["splits"],
-        classes=tuple(raw.decode() for raw in arrays["classes"].tolist()),
+        ids=tuple(raw.decode() for raw in ids.read(buffer).tolist()),
+        labels=labels.read(buffer).astype(np.int64),
+        splits=splits.read(buffer),
+        classes=tuple(raw.decode() for raw in classes.read(buffer).tolist()),
     )
     if not _is_sound(table):
         raise DamagedStore(
@@ -333,7 +372,7 @@ def _check_structure(file: Any, path: Path, buffer: mmap.mmap) -> StoreLayout:
         spec=spec,
         fingerprint=texts["fingerprint"],
         uuid=texts["uuid"],
-        provenance=json.loads(texts["provenance"]),
+        provenance=provenance,
         block_rows=block_rows,
         table=table,
         features=features,
@@ -352,22 +391,21 @@ def _is_sound(table: RowTable) -> bool:
     )
 
 
-def _read_texts(file: Any, path: Path) -> dict[str, str]:
+def _read_texts(root: Group, path: Path) -> dict[str, str]:
     texts = {}
     for name in _TEXT_ATTRIBUTES:
-        if name not in file.attrs:
+        attribute = root.attributes.get(name)
+        if attribute is None:
             raise NotAStore(
                 f"{path} is an HDF5 file but not a feature store (no attribute {name!r}); "
                 "a store is made by `featcache embed DATA -o STORE.h5`."
             )
-        attribute = h5py.h5a.open(file.id, name.encode())
-        kind = attribute.get_type()
-        if not isinstance(kind, h5py.h5t.TypeStringID) or kind.is_variable_str():
+        size = text_size(attribute.datatype)
+        if size is None:
             raise NotAStore(f"{path}: attribute {name!r} is not fixed-length text, as a store's are.")
-        if attribute.shape != () or attribute.get_storage_size() > _MAX_ATTRIBUTE:
+        if attribute.shape != () or len(attribute.value) != size:
             raise NotAStore(f"{path}: attribute {name!r} has a shape or size no store has.")
-        value = file.attrs[name]
-        texts[name] = value.decode() if isinstance(value, bytes) else str(value)
+        texts[name] = attribute.value.rstrip(b"\0").decode()
         if name == "encoding-type" and texts[name] != ENCODING_TYPE:
             raise NotAStore(f"{path} holds {texts[name]!r}, not {ENCODING_TYPE!r}.")
         if name == "encoding-version" and texts[name] != ENCODING_VERSION:
@@ -378,8 +416,11 @@ def _read_texts(file: Any, path: Path) -> dict[str, str]:
     return texts
 
 
-def _read_block_rows(file: Any) -> int:
-    block_rows = int(file.attrs["block-rows"])
+def _read_block_rows(root: Group) -> int:
+    attribute, dtype = root.attributes["block-rows"], np.dtype("<i8")
+    if attribute.datatype != encode_datatype(dtype) or len(attribute.value) != dtype.itemsize:
+        raise ValueError("block-rows is not one int64")
+    block_rows = int(np.frombuffer(attribute.value, dtype)[0])
     if not 1 <= block_rows <= 1 << 20:
         raise ValueError(f"blocks of {block_rows} rows")
     return block_rows
@@ -388,23 +429,22 @@ def _read_block_rows(file: Any) -> int:
 class _Regions:
     """Takes datasets one by one and refuses whatever could lie about where their bytes are."""
 
-    def __init__(self, file: Any, path: Path, file_bytes: int) -> None:
-        self._file, self._path, self._file_bytes = file, path, file_bytes
+    def __init__(self, root: Group, path: Path, file_bytes: int) -> None:
+        self._root, self._path, self._file_bytes = root, path, file_bytes
         self._taken: list[tuple[int, int, str]] = []
 
     def take(self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...] | None = None) -> Region:
         dataset = self._dataset(name)
-        have = dataset.get_type().dtype
-        if have != dtype:
-            self._refuse(name, f"is of type {have}, not {dtype}")
+        if dataset.datatype != encode_datatype(dtype):
+            self._refuse(name, f"is not of type {dtype}")
         return self._region(name, dataset, dtype, shape)
 
     def take_text(self, name: str, n: int | None) -> Region:
         dataset = self._dataset(name)
-        kind = dataset.get_type()
-        if not isinstance(kind, h5py.h5t.TypeStringID) or kind.is_variable_str():
+        size = text_size(dataset.datatype)
+        if size is None:
             self._refuse(name, "is not fixed-length text")
-        return self._region(name, dataset, np.dtype(f"S{kind.get_size()}"), None if n is None else (n,))
+        return self._region(name, dataset, np.dtype(f"S{size}"), None if n is None else (n,))
 
     def refuse_overlap(self) -> None:
         end, before = 0, ""
@@ -413,44 +453,29 @@ class _Regions:
                 self._refuse(name, f"overlaps {before}")
             end, before = stop, name
 
-    def _dataset(self, name: str) -> Any:
-        parent: Any = self._file.id
-        *groups, leaf = name.split("/", 1)
-        for part in groups:
-            self._require_hard_link(parent, part, name)
-            parent = h5py.h5o.open(parent, part.encode())
-        self._require_hard_link(parent, leaf, name)
-        dataset = h5py.h5o.open(parent, leaf.encode())
-        if not isinstance(dataset, h5py.h5d.DatasetID):
-            self._refuse(name, "is not a dataset")
-        creation = dataset.get_create_plist()
-        if creation.get_layout() != h5py.h5d.CONTIGUOUS or creation.get_external_count():
-            self._refuse(name, "is chunked, virtual or stored outside the file")
-        if creation.get_nfilters():
-            self._refuse(name, "is filtered")
-        return dataset
+    def _dataset(self, name: str) -> Dataset:
+        try:
+            return self._root.dataset(name)
+        except ForeignHDF5 as exc:
+            self._refuse(name, str(exc))
 
-    def _require_hard_link(self, parent: Any, leaf: str, name: str) -> None:
-        if leaf.encode() not in parent:
-            self._refuse(name, "is missing")
-        if parent.links.get_info(leaf.encode()).type != h5py.h5l.TYPE_HARD:
-            self._refuse(name, "is a link that may lead elsewhere")
-
-    def _region(self, name: str, dataset: Any, dtype: np.dtype[Any], shape: tuple[int, ...] | None) -> Region:
+    def _region(
+        self, name: str, dataset: Dataset, dtype: np.dtype[Any], shape: tuple[int, ...] | None
+    ) -> Region:
         have = dataset.shape
         expected_dimensions = 1 if shape is None else len(shape)
         if len(have) != expected_dimensions or (shape is not None and have != shape):
             self._refuse(name, f"has shape {have}, not {shape or '(n,)'}")
-        region = Region(offset=dataset.get_offset() or 0, dtype=dtype, shape=have)
-        nbytes = dtype.itemsize * int(np.prod([int(length) for length in have], dtype=object))
+        region = Region(offset=dataset.offset, dtype=dtype, shape=have)
+        nbytes = dtype.itemsize * math.prod(have)
         if nbytes == 0:
             return region
-        if dataset.get_storage_size() != nbytes or not 0 < region.offset <= self._file_bytes - nbytes:
+        if dataset.nbytes != nbytes or not 0 < region.offset <= self._file_bytes - nbytes:
             self._refuse(name, "does not lie within the file")
         self._taken.append((region.offset, region.offset + nbytes, name))
         return region
 
-    def _refuse(self, name: str, what: str) -> None:
+    def _refuse(self, name: str, what: str) -> NoReturn:
         raise NotAStore(
             f"{self._path}: dataset /{name} {what}; a feature store is never written so. "
             "Restore it from a copy, or delete it and embed again."

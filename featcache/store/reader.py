@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from featcache.errors import DamagedStore, IncompleteStore, StoreError
 from featcache.records import SPLITS, RowStatus
 from featcache.spec import FeatureNode, FeatureSpec
-from featcache.store.blocks import BlockCheck
+from featcache.store.blocks import BlockCheck, BlockState
 from featcache.store.features import FeatureSet
 from featcache.store.layout import NO_SPLIT, RowTable, StoreLayout, read_layout
 
@@ -78,12 +78,15 @@ class FeatureStore:
 
     @cached_property
     def done(self) -> NDArray[np.bool_]:
-        """bool ndarray (n_rows,): the rows of blocks that were declared done."""
+        """bool ndarray (n_rows,): the rows of blocks declared done, and found sound where that was checked.
+
+        As it was when the store was opened, or when this was first asked of a store opened unchecked.
+        """
         blocks = BlockCheck(self.layout)
-        done = np.zeros(len(self), dtype=bool)
-        for block in range(self.layout.n_blocks):
-            done[self.layout.rows_of(block)] = blocks.is_declared(block)
-        return done
+        return self._rows_of([blocks.is_declared(block) for block in range(self.layout.n_blocks)])
+
+    def _rows_of(self, of_block: Sequence[bool]) -> NDArray[np.bool_]:
+        return np.repeat(np.array(of_block, dtype=bool), self.layout.block_rows)[: len(self)]
 
     @property
     def complete(self) -> bool:
@@ -92,9 +95,10 @@ class FeatureStore:
     @cached_property
     def row_status(self) -> NDArray[np.uint8]:
         """uint8 ndarray (n_rows,) of RowStatus; PENDING where the block is not done."""
-        return np.where(self.done, self.layout.map(self.layout.row_status), RowStatus.PENDING).astype(
-            np.uint8
-        )
+        status = np.full(len(self), RowStatus.PENDING, dtype=np.uint8)
+        # Only done rows are touched: a page that the disk cannot give would kill the process.
+        status[self.done] = self.layout.map(self.layout.row_status)[self.done]
+        return status
 
     @cached_property
     def sources(self) -> NDArray[Any]:
@@ -110,24 +114,27 @@ class FeatureStore:
         rows = np.flatnonzero((codes != RowStatus.OK) & (codes != RowStatus.PENDING))
         return [(self.table.ids[row], RowStatus(int(codes[row]))) for row in rows]
 
-    def check(self) -> None:
-        """Compare every block with its checksums; DamagedStore names the rows that disagree.
+    def inspect(self) -> list[BlockState]:
+        """Compare every block with its checksums; from then on only rows found sound count as done.
 
-        A block whose record is empty is pending, not damaged. The writer writes rows before their record,
-        so that a store in progress passes.
+        A block whose record is empty is pending, not damaged: the writer writes rows before their record. A
+        record that was just being written when it was read is read again.
         """
-        blocks = BlockCheck(self.layout)
-        damaged = [
-            block
-            for block in range(self.layout.n_blocks)
-            if not blocks.is_empty(block) and not blocks.is_done(block)
-        ]
+        states = BlockCheck(self.layout).states()
+        if any(state.is_damage for state in states):
+            again = BlockCheck(self.layout)
+            states = [again.state_of(i) if state.is_damage else state for i, state in enumerate(states)]
+        self.done = self._rows_of([state is BlockState.DONE for state in states])
+        return states
+
+    def check(self) -> None:
+        """Compare every block with its checksums; DamagedStore names the rows that disagree."""
+        states = self.inspect()
+        damaged = [self.layout.rows_of(block) for block, state in enumerate(states) if state.is_damage]
         if damaged:
-            rows = [self.layout.rows_of(block) for block in damaged]
-            ranges = ", ".join(f"{r.start}-{r.stop - 1}" for r in rows[:5]) + (", …" if len(rows) > 5 else "")
             raise DamagedStore(
-                f"{self.path} is damaged: rows {ranges} do not match their checksums. "
-                "Run the same `featcache embed` again: it computes just these rows anew."
+                f"{self.path} is damaged: rows {name_rows(damaged)} do not match their checksums. "
+                f"`featcache repair {self.path}` embeds just these rows again."
             )
 
     def node(self, key: str | None = None) -> FeatureNode:
@@ -180,3 +187,16 @@ class FeatureStore:
 def _split_names(codes: NDArray[np.uint8]) -> NDArray[np.str_]:
     names = np.array([*SPLITS, ""])
     return names[np.where(codes == NO_SPLIT, len(SPLITS), codes)]
+
+
+def name_rows(ranges: Sequence[slice], *, limit: int = 5) -> str:
+    """`0-255, 512-767, …`: the first few of some ranges of rows, in order, neighbours joined."""
+    joined: list[tuple[int, int]] = []
+    for rows in ranges:
+        if joined and joined[-1][1] == rows.start:
+            joined[-1] = (joined[-1][0], rows.stop)
+        else:
+            joined.append((rows.start, rows.stop))
+    return ", ".join(f"{start}-{stop - 1}" for start, stop in joined[:limit]) + (
+        ", …" if len(joined) > limit else ""
+    )
