@@ -17,9 +17,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from featcache.backbones import Backbone, load_backbone, make_backbone
     from featcache.commands.embed import EmbedResult, embed
+    from featcache.commands.explain import Explanation, explain
     from featcache.commands.fit import FitResult, fit
     from featcache.commands.info import Info, info
     from featcache.commands.predict import Prediction, PredictResult, predict
+    from featcache.commands.repair import RepairResult, repair
+    from featcache.commands.verify import VerifyResult, verify
     from featcache.errors import FeatcacheError
     from featcache.model import Model
     from featcache.spec import FeatureSpec, Preprocessing
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Backbone": "featcache.backbones",
     "EmbedResult": "featcache.commands.embed",
+    "Explanation": "featcache.commands.explain",
     "FeatcacheError": "featcache.errors",
     "FeatureSet": "featcache.store.features",
     "FeatureSpec": "featcache.spec",
@@ -39,17 +43,23 @@ _HOMES = {
     "PredictResult": "featcache.commands.predict",
     "Prediction": "featcache.commands.predict",
     "Preprocessing": "featcache.spec",
+    "RepairResult": "featcache.commands.repair",
+    "VerifyResult": "featcache.commands.verify",
     "embed": "featcache.commands.embed",
+    "explain": "featcache.commands.explain",
     "fit": "featcache.commands.fit",
     "info": "featcache.commands.info",
     "load_backbone": "featcache.backbones",
     "make_backbone": "featcache.backbones",
     "predict": "featcache.commands.predict",
+    "repair": "featcache.commands.repair",
+    "verify": "featcache.commands.verify",
 }
 
 __all__ = [
     "Backbone",
     "EmbedResult",
+    "Explanation",
     "FeatcacheError",
     "FeatureSet",
     "FeatureSpec",
@@ -60,12 +70,17 @@ __all__ = [
     "PredictResult",
     "Prediction",
     "Preprocessing",
+    "RepairResult",
+    "VerifyResult",
     "embed",
+    "explain",
     "fit",
     "info",
     "load_backbone",
     "make_backbone",
     "predict",
+    "repair",
+    "verify",
 ]
 
 

@@ -75,6 +75,24 @@ seed_option = click.option(
     show_default=True,
     help="Of everything that is drawn at random.",
 )
+root_option = click.option(
+    "--root", type=click.Path(path_type=Path, file_okay=False), help="What a CSV's paths are relative to."
+)
+max_failures_option = click.option(
+    "--max-failures", type=click.FloatRange(0, 1), default=0.01, show_default=True,
+    help="The fraction of images that may fail before the run stops.",
+)  # fmt: skip
+dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
+moved_data_option = click.option(
+    "--data", type=click.Path(path_type=Path), metavar="DATA",
+    help="The folder or CSV of the images, where they are not where they were embedded from.",
+)  # fmt: skip
+moved_weights_option = click.option(
+    "--weights", metavar="FILE", help="The backbone's weights file, where it has moved."
+)
+allowed_backbone_option = click.option(
+    "--backbone", metavar="module:function", help="Allow the backbone code that the file names to be run."
+)
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -108,9 +126,7 @@ def main() -> None:
     "--node", "nodes", multiple=True, metavar="NAME[:avg|max|cls]",
     help="A node of the backbone's graph; repeatable. Default: the penultimate features.",
 )  # fmt: skip
-@click.option(
-    "--root", type=click.Path(path_type=Path, file_okay=False), help="What a CSV's paths are relative to."
-)
+@root_option
 @follow_links_option
 @device_option
 @click.option(
@@ -123,11 +139,8 @@ def main() -> None:
 )  # fmt: skip
 @batch_size_option
 @workers_option
-@click.option(
-    "--max-failures", type=click.FloatRange(0, 1), default=0.01, show_default=True,
-    help="The fraction of images that may fail before the run stops.",
-)  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
+@max_failures_option
+@dry_run_option
 @json_option
 @quiet_option
 @click.pass_context
@@ -153,6 +166,125 @@ def embed(ctx: click.Context, /, data: Path, *, as_json: bool, quiet: bool, **op
 
 @main.command()
 @click.argument("store", type=click.Path(path_type=Path))
+@click.option("--sources", is_flag=True, help="Compare every image with the bytes that were embedded.")
+@click.option(
+    "--recompute", type=click.IntRange(0), default=0, metavar="K",
+    help="Embed K rows, drawn at random, again and compare them.",
+)  # fmt: skip
+@moved_data_option
+@root_option
+@allowed_backbone_option
+@moved_weights_option
+@seed_option
+@device_option
+@batch_size_option
+@workers_option
+@json_option
+@quiet_option
+@click.pass_context
+def verify(ctx: click.Context, /, store: Path, *, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Compare every byte of STORE with its checksums, and with its images and backbone if asked to.
+
+    Exit code 1: something does not agree. Exit code 3: all agrees, but some rows are not embedded yet.
+    """
+    from featcache.commands.verify import verify as run
+    from featcache.images.decode import silence_pillow_warnings
+    from featcache.progress import make_progress
+
+    silence_pillow_warnings()
+    result = run(store, progress=make_progress(quiet=quiet), **options)
+    _emit(result, as_json=as_json)
+    if not result.sound:
+        ctx.exit(1)
+    if result.pending:
+        ctx.exit(DONE_WITH_SKIPS)
+
+
+@main.command()
+@click.argument("store", type=click.Path(path_type=Path))
+@moved_data_option
+@root_option
+@allowed_backbone_option
+@moved_weights_option
+@device_option
+@batch_size_option
+@workers_option
+@max_failures_option
+@dry_run_option
+@json_option
+@quiet_option
+@click.pass_context
+def repair(ctx: click.Context, /, store: Path, *, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Embed the rows of STORE again that are damaged, failed or not embedded yet, and no others.
+
+    The images are found by the store's own ids where they were embedded from, or in --data. Rows that are
+    sound stay as they are, whatever became of their images. Exit code 3: done, but some images still fail.
+    """
+    from featcache.commands.repair import repair as run
+    from featcache.images.decode import silence_pillow_warnings
+    from featcache.progress import make_progress
+
+    silence_pillow_warnings()
+    result = run(store, progress=make_progress(quiet=quiet), **options)
+    _emit(result, as_json=as_json)
+    if result.failed:
+        ctx.exit(DONE_WITH_SKIPS)
+
+
+@main.command()
+@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("other", required=False, type=click.Path(path_type=Path), metavar="[OTHER.h5]")
+@click.option(
+    "--data", type=click.Path(path_type=Path), metavar="DATA",
+    help="Say why each image of this folder or CSV would be reused or embedded.",
+)  # fmt: skip
+@click.option(
+    "--row", metavar="PATH", help="Tell all there is to one row, by its path below the data's root."
+)
+@root_option
+@follow_links_option
+@click.option(
+    "--backbone", metavar="NAME", help="Compare with what `embed --backbone NAME` asks for, and so on below."
+)
+@click.option("--weights", metavar="FILE|random", help="As for embed; by default as the store was made.")
+@click.option("--seed", type=click.IntRange(0), help="Of random weights; by default as the store was made.")
+@click.option(
+    "--node", "nodes", multiple=True, metavar="NAME[:avg|max|cls]",
+    help="As for embed, repeatable; by default as the store was made.",
+)  # fmt: skip
+@click.option(
+    "--precision", type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of the forward pass; by default as the store was made.",
+)  # fmt: skip
+@click.option(
+    "--store-dtype", type=click.Choice(["float32", "float16"]),
+    help="Of the stored features; by default as the store was made.",
+)  # fmt: skip
+@workers_option
+@json_option
+@quiet_option
+def explain(store: Path, other: Path | None, *, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Say what determines the features of STORE, or how it differs from OTHER.h5 or from embed's options.
+
+    \b
+    featcache explain a.h5                       what makes the fingerprint, and what does not
+    featcache explain a.h5 b.h5                  which fields and rows differ
+    featcache explain a.h5 --backbone resnet50   what that would change
+    featcache explain a.h5 --data photos/        why each image would be reused or embedded
+    """
+    from featcache.commands.explain import explain as run
+    from featcache.images.decode import silence_pillow_warnings
+    from featcache.progress import make_progress
+
+    silence_pillow_warnings()
+    others = (value for name, value in options.items() if name != "workers")
+    if other is not None and any(value not in (None, ()) and value is not False for value in others):
+        raise click.UsageError("OTHER.h5 excludes --data, --row and the options of embed.")
+    _emit(run(store, other, progress=make_progress(quiet=quiet), **options), as_json=as_json)
+
+
+@main.command()
+@click.argument("store", type=click.Path(path_type=Path))
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), metavar="MODEL",
     help="The model file to write; the report goes to MODEL.json beside it.",
@@ -166,6 +298,10 @@ def embed(ctx: click.Context, /, data: Path, *, as_json: bool, quiet: bool, **op
     help="A parameter of the head; repeatable. Giving the one that is searched ends the search.",
 )  # fmt: skip
 @click.option("--node", metavar="KEY", help="The node of the store to use; by default its first.")
+@click.option(
+    "--no-check", "check", is_flag=True, flag_value=False, default=True,
+    help="Do not compare the store with its checksums first.",
+)  # fmt: skip
 @seed_option
 @json_option
 @quiet_option
@@ -197,8 +333,8 @@ def fit(store: Path, *, as_json: bool, quiet: bool, params: tuple[str, ...], **o
 )
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV: path,label,probability,error.")
 @json_option
-@click.option("--weights", metavar="FILE", help="The backbone's weights file, where it has moved.")
-@click.option("--backbone", metavar="module:function", help="Allow a model's own backbone code to be run.")
+@moved_weights_option
+@allowed_backbone_option
 @follow_links_option
 @device_option
 @batch_size_option

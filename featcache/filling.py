@@ -16,7 +16,6 @@ from featcache.images.identity import ImageFailure
 from featcache.pipeline import EmbeddedBatch, EmbeddedImage
 from featcache.records import FileStat, RowStatus
 from featcache.reuse import ReusePlan
-from featcache.store.blocks import BlockCheck
 from featcache.store.reader import FeatureStore
 from featcache.store.writer import StoreWriter
 
@@ -37,9 +36,10 @@ class StoreFilling:
         self._sources = plan.sources.copy()
         self._expected = deque(plan.pending.tolist())
         self._todo: deque[int] = deque()
-        for block in BlockCheck(layout).pending():
-            self._todo.append(block)
-            self.written_rows -= self._length(block)
+        for block in range(layout.n_blocks):
+            if not target.done[layout.rows_of(block)].all():
+                self._todo.append(block)
+                self.written_rows -= self._length(block)
         self._computed: dict[int, dict[str, NDArray[Any]]] = {}  # block -> {node key: (rows, num_features)}
 
     def add(self, batch: EmbeddedBatch) -> None:
@@ -55,21 +55,30 @@ class StoreFilling:
             for key, array in features.items():
                 arrays[key][rows[inside] - block * block_rows] = array[inside]
 
-    def write_ready(self, writer: StoreWriter) -> int:
-        """Write the blocks all of whose rows are known, in order; their number."""
-        written = 0
-        while self._todo and not self._has_pending(self._todo[0]):
-            block = self._todo.popleft()
-            rows = self.target.layout.rows_of(block)
-            arrays = self._computed.pop(block, None) or self._empty(block)
-            self._copy_reused(rows, arrays)
-            status = self.status[rows]
-            for array in arrays.values():
-                array[status != RowStatus.OK] = np.nan
-            writer.write_block(block, features=arrays, row_status=status, sources=self._sources[rows])
-            self.written_rows += self._length(block)
-            written += 1
-        return written
+    @property
+    def finished(self) -> bool:
+        """Whether every block is written."""
+        return not self._todo
+
+    @property
+    def in_progress(self) -> bool:
+        """Whether rows were computed whose block is not written yet."""
+        return bool(self._computed)
+
+    def write_next(self, writer: StoreWriter) -> bool:
+        """Write the next block if all of its rows are known; whether it was written."""
+        if not self._todo or self._has_pending(self._todo[0]):
+            return False
+        block = self._todo.popleft()
+        rows = self.target.layout.rows_of(block)
+        arrays = self._computed.pop(block, None) or self._empty(block)
+        self._copy_reused(rows, arrays)
+        status = self.status[rows]
+        for array in arrays.values():
+            array[status != RowStatus.OK] = np.nan
+        writer.write_block(block, features=arrays, row_status=status, sources=self._sources[rows])
+        self.written_rows += self._length(block)
+        return True
 
     def notes(self) -> list[str]:
         """What the user should know of images that did not fail."""

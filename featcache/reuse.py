@@ -11,9 +11,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from enum import Enum
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,6 @@ from numpy.typing import NDArray
 from featcache.images.identity import ImageFailure, hash_image
 from featcache.images.paths import resolve
 from featcache.records import FileStat, ImageRecord, Listing, RowStatus
-from featcache.store.blocks import BlockCheck
 from featcache.store.layout import SOURCE_DTYPE, RowTable
 from featcache.store.reader import FeatureStore
 
@@ -29,28 +29,60 @@ from featcache.store.reader import FeatureStore
 _DECIDED_BY_BYTES = (RowStatus.OK, RowStatus.UNDECODABLE, RowStatus.TOO_LARGE, RowStatus.NON_FINITE)
 
 
+class Reason(Enum):
+    """Why a row is reused or computed; the value says it in words."""
+
+    SAME_STAT = "size, mtime and ctime are the recorded ones"
+    SAME_BYTES = "touched: the bytes are the recorded ones"
+    OTHER_PATH = "renamed or copied: the bytes are known under another path"
+    SAME_FAILURE = "failed before, and nothing has changed"
+    NEW = "new"
+    EDITED = "the bytes changed"
+    DAMAGED = "its block is damaged"
+    PENDING = "not embedded yet"
+    FAILED_BEFORE = "failed before, and is tried again"
+
+    @property
+    def is_reuse(self) -> bool:
+        """Whether the row is taken from a store, be it that it has features or that it has none."""
+        return self in (Reason.SAME_STAT, Reason.SAME_BYTES, Reason.OTHER_PATH, Reason.SAME_FAILURE)
+
+
 class CachedRows:
-    """The rows a store can vouch for, found by path or by content."""
+    """The rows a store can vouch for, found by path or by content.
+
+    done: bool ndarray (n_rows,). status: uint8 ndarray (n_rows,), PENDING where not done. sources: structured
+    ndarray (n_rows,) of SOURCE_DTYPE, zero where not done.
+    """
 
     def __init__(self, store: FeatureStore) -> None:
         self.store = store
-        layout = store.layout
-        self.done = np.ones(len(store), dtype=bool)
-        for block in BlockCheck(layout).pending():
-            self.done[layout.rows_of(block)] = False
-        self.status = np.where(self.done, layout.map(layout.row_status), RowStatus.PENDING)
-        rows = np.flatnonzero(self.done)
+        states = store.inspect()
+        self.done = store.done
+        self.status = store.row_status
+        self.sources = np.zeros(len(store), SOURCE_DTYPE)
+        self.sources[self.done] = store.sources[self.done]
         ids = store.table.ids
-        self.by_path = {ids[row]: int(row) for row in rows}
+        self.by_path = {ids[row]: row for row in np.flatnonzero(self.done).tolist()}
+        self._damaged = [state.is_damage for state in states]
         self._stats = list(
-            zip(*(store.sources[name].tolist() for name in ("size", "mtime_ns", "ctime_ns")), strict=True)
+            zip(*(self.sources[name].tolist() for name in ("size", "mtime_ns", "ctime_ns")), strict=True)
         )
+
+    @cached_property
+    def row_of(self) -> dict[str, int]:
+        """Every row by its path, whether the store can vouch for it or not."""
+        return {path: row for row, path in enumerate(self.store.table.ids)}
 
     @cached_property
     def by_sha256(self) -> dict[bytes, int]:
         rows = np.flatnonzero(np.isin(self.status, _DECIDED_BY_BYTES))
-        digests = self.store.sources["sha256"]
+        digests = self.sources["sha256"]
         return {digests[row].tobytes(): int(row) for row in rows}
+
+    def is_damaged(self, row: int) -> bool:
+        """Whether the row's block was written and is no longer what was written."""
+        return self._damaged[row // self.store.layout.block_rows]
 
     def has_stat(self, row: int, stat: FileStat) -> bool:
         return self._stats[row] == (stat.size, stat.mtime_ns, stat.ctime_ns)
@@ -64,19 +96,70 @@ class ReusePlan:
     (n_rows,) of SOURCE_DTYPE, filled for reused rows with the file's stat as it is now.
     """
 
-    listing: Listing
+    root: Path  # the ids are relative to it
     table: RowTable
     caches: tuple[CachedRows, ...]
     origin_store: NDArray[np.int64]
     origin_row: NDArray[np.int64]
     sources: NDArray[Any]
-    reread: int  # reused rows whose file's stat was not the recorded one, known by their bytes instead
-    relabelled: int
-    removed: int
+    by_stat: NDArray[np.bool_]  # (n_rows,): reused without opening the file
+    relabelled_rows: NDArray[np.bool_]  # (n_rows,): reused under another label or split
+    removed_ids: tuple[str, ...] = ()  # of the last store, which is the one under the output's name
+
+    @classmethod
+    def nothing_known(cls, root: Path, table: RowTable, caches: tuple[CachedRows, ...]) -> Self:
+        """The plan that computes every row."""
+        n = len(table.ids)
+        return cls(
+            root=root,
+            table=table,
+            caches=caches,
+            origin_store=np.full(n, -1, dtype=np.int64),
+            origin_row=np.full(n, -1, dtype=np.int64),
+            sources=np.zeros(n, SOURCE_DTYPE),
+            by_stat=np.zeros(n, dtype=bool),
+            relabelled_rows=np.zeros(n, dtype=bool),
+        )
 
     @property
     def pending(self) -> NDArray[np.intp]:
         return np.flatnonzero(self.origin_store < 0)
+
+    @property
+    def reread(self) -> int:
+        """Reused rows whose file's stat was not the recorded one, known by their bytes instead."""
+        return int(((self.origin_store >= 0) & ~self.by_stat).sum())
+
+    @property
+    def relabelled(self) -> int:
+        return int(self.relabelled_rows.sum())
+
+    @property
+    def removed(self) -> int:
+        return len(self.removed_ids)
+
+    def reason(self, i: int) -> Reason:
+        """Why row `i` is reused or computed."""
+        path, index, row = self.table.ids[i], int(self.origin_store[i]), int(self.origin_row[i])
+        if index < 0:
+            return self._reason_to_compute(path)
+        cache = self.caches[index]
+        if cache.status[row] != RowStatus.OK:
+            return Reason.SAME_FAILURE
+        if self.by_stat[i]:
+            return Reason.SAME_STAT
+        return Reason.SAME_BYTES if cache.store.table.ids[row] == path else Reason.OTHER_PATH
+
+    def _reason_to_compute(self, path: str) -> Reason:
+        """By the store under the output's name, which comes last, before unfinished growths."""
+        for cache in reversed(self.caches):
+            row = cache.row_of.get(path)
+            if row is None:
+                continue
+            if not cache.done[row]:
+                return Reason.DAMAGED if cache.is_damaged(row) else Reason.PENDING
+            return Reason.EDITED if cache.status[row] == RowStatus.OK else Reason.FAILED_BEFORE
+        return Reason.NEW
 
     @property
     def reused_status(self) -> NDArray[np.uint8]:
@@ -96,7 +179,7 @@ class ReusePlan:
         return bool(
             np.all(self.origin_store[done] == index)
             and np.array_equal(self.origin_row[done], done)
-            and np.array_equal(self.sources[done], cache.store.sources[done])
+            and np.array_equal(self.sources[done], cache.sources[done])
         )
 
 
@@ -112,23 +195,14 @@ def plan_reuse(
     Files known by their stat are not opened; `on_read` is told of each file that had to be.
     """
     caches = tuple(CachedRows(store) for store in stores)
-    n = len(listing.records)
-    plan = ReusePlan(
-        listing=listing,
-        table=RowTable.from_records(listing.records, listing.classes),
-        caches=caches,
-        origin_store=np.full(n, -1, dtype=np.int64),
-        origin_row=np.full(n, -1, dtype=np.int64),
-        sources=np.zeros(n, SOURCE_DTYPE),
-        reread=0,
-        relabelled=0,
-        removed=0,
+    plan = ReusePlan.nothing_known(
+        listing.root, RowTable.from_records(listing.records, listing.classes), caches
     )
     unknown = [i for i, record in enumerate(listing.records) if not _take_by_stat(plan, i, record)]
     if not any(cache.by_path for cache in caches):
         unknown = []  # nothing to find: the run itself will read and hash every file
-    _take_by_content(plan, unknown, workers=workers, on_read=on_read)
-    return _count(plan, reread=int((plan.origin_store[unknown] >= 0).sum()) if unknown else 0)
+    _take_by_content(plan, listing.records, unknown, workers=workers, on_read=on_read)
+    return _compare_with_last(plan)
 
 
 def _take_by_stat(plan: ReusePlan, i: int, record: ImageRecord) -> bool:
@@ -138,16 +212,21 @@ def _take_by_stat(plan: ReusePlan, i: int, record: ImageRecord) -> bool:
             continue
         if cache.status[row] in (*_DECIDED_BY_BYTES, RowStatus.MISSING):
             _take(plan, i, index, row, record.stat)
+            plan.by_stat[i] = True
             return True
     return False
 
 
 def _take_by_content(
-    plan: ReusePlan, unknown: Sequence[int], *, workers: int, on_read: Callable[[int], None] | None
+    plan: ReusePlan,
+    records: Sequence[ImageRecord],
+    unknown: Sequence[int],
+    *,
+    workers: int,
+    on_read: Callable[[int], None] | None,
 ) -> None:
-    root, records = plan.listing.root, plan.listing.records
     with ThreadPoolExecutor(workers) as pool:
-        found = pool.map(hash_image, (_file(root, records[i]) for i in unknown))
+        found = pool.map(hash_image, (resolve(plan.root, records[i].path) for i in unknown))
         for i, identity in zip(unknown, found, strict=True):
             if on_read:
                 on_read(1)
@@ -164,17 +243,13 @@ def _take_by_content(
                 break
 
 
-def _file(root: Path, record: ImageRecord) -> Path:
-    return resolve(root, record.path)
-
-
 def _take(plan: ReusePlan, i: int, index: int, row: int, stat: FileStat) -> None:
     plan.origin_store[i], plan.origin_row[i] = index, row
-    digest = plan.caches[index].store.sources["sha256"][row]
+    digest = plan.caches[index].sources["sha256"][row]
     plan.sources[i] = (digest, stat.size, stat.mtime_ns, stat.ctime_ns)
 
 
-def _count(plan: ReusePlan, *, reread: int) -> ReusePlan:
+def _compare_with_last(plan: ReusePlan) -> ReusePlan:
     """The plan with what changed against the last store, which is the one under the output's name."""
     if not plan.caches:
         return plan
@@ -182,7 +257,6 @@ def _count(plan: ReusePlan, *, reread: int) -> ReusePlan:
     old, new = cache.store.table, plan.table
     old_names = list(zip(old.label_names(), old.splits.tolist(), strict=True))
     new_names = list(zip(new.label_names(), new.splits.tolist(), strict=True))
-    relabelled = 0
     renamed: Counter[bytes] = Counter()
     for i in np.flatnonzero(plan.origin_store >= 0).tolist():
         row = cache.by_path.get(new.ids[i])
@@ -190,9 +264,14 @@ def _count(plan: ReusePlan, *, reread: int) -> ReusePlan:
             digest = plan.sources["sha256"][i].tobytes()
             renamed[digest] += 1
             row = cache.by_sha256.get(digest)
-        relabelled += row is not None and old_names[row] != new_names[i]
-    kept = set(new.ids)
-    gone = Counter(
-        cache.store.sources["sha256"][row].tobytes() for row, path in enumerate(old.ids) if path not in kept
-    )
-    return replace(plan, reread=reread, relabelled=relabelled, removed=(gone - renamed).total())
+        plan.relabelled_rows[i] = row is not None and old_names[row] != new_names[i]
+    kept, removed = set(new.ids), []
+    for row, path in enumerate(old.ids):
+        digest = cache.sources["sha256"][row].tobytes()
+        if path in kept:
+            continue
+        if renamed[digest]:
+            renamed[digest] -= 1
+        else:
+            removed.append(path)
+    return replace(plan, removed_ids=tuple(removed))

@@ -15,6 +15,7 @@ from conftest import make_toy_store
 from gaussians import gaussian_features, write_store
 
 from featcache.cli import main
+from featcache.store.layout import read_layout
 from featcache.store.reader import FeatureStore
 
 TOY = "channel_mean:channel_mean"
@@ -72,7 +73,7 @@ def test_help_is_there(command: str, flag: str) -> None:
 
 def test_the_help_of_the_group_lists_every_command() -> None:
     said = run("--help").stdout
-    assert all(f"  {name} " in said for name in ("embed", "fit", "predict", "info", "backbones", "demo"))
+    assert all(f"  {name} " in said for name in main.commands)
 
 
 @pytest.mark.parametrize(("command", "option"), OPTIONS, ids=lambda part: part.name)
@@ -101,6 +102,12 @@ def test_the_version_is_that_of_the_package() -> None:
         ["embed", "photos", "-o", "s.h5", "--precision", "float8"],
         ["embed", "photos", "-o", "s.h5", "--max-failures", "2"],
         ["embed", "photos", "-o", "s.h5", "--workers", "0"],
+        ["repair"],
+        ["repair", "s.h5", "--max-failures", "2"],
+        ["explain"],
+        ["explain", "s.h5", "t.h5", "--data", "photos"],
+        ["explain", "s.h5", "t.h5", "--backbone", "resnet18"],
+        ["explain", "s.h5", "t.h5", "--seed", "0"],
         ["predict", "s.model"],
         ["predict", "s.model", "a.png", "--json", "--csv"],
         ["predict", "s.model", "a.png", "--top-k", "0"],
@@ -178,6 +185,37 @@ def test_failed_images_are_exit_code_3(photos: Path, tmp_path: Path) -> None:
     assert (predicted.exit_code, len(parsed(predicted))) == (3, 9)
 
 
+def test_repair_says_what_it_did_and_what_still_fails(photos: Path, tmp_path: Path) -> None:
+    store, bad = tmp_path / "p.h5", photos / "class0" / "bad.png"
+    bad.write_bytes(b"no picture")
+    run("embed", photos, "-o", store, "--backbone", TOY, "-q")
+    with open(store, "r+b") as file:
+        file.seek(read_layout(store).features["penultimate"].offset)
+        file.write(b"\xff\x00\xff")
+    assert f"repeat it as --backbone {TOY}" in failure("repair", store, "-q")
+    again = run("repair", store, "--backbone", TOY, "--json", "-q")
+    assert (again.exit_code, parsed(again)["damaged"], parsed(again)["failed"]) == (3, 9, 1)
+    bad.unlink()
+    assert "class0/bad.png: the file is not there" in run("repair", store).stdout
+    bad.write_bytes((photos / "class1" / "1.png").read_bytes())
+    assert run("repair", store, "--backbone", TOY, "-q").exit_code == 0
+    assert "nothing to repair" in run("repair", store).stdout
+    photos.rename(tmp_path / "moved")
+    FeatureStore.open(store)
+    assert run("repair", store, "-q").exit_code == 0
+
+
+def test_explain_gives_text_or_one_json_document(photos: Path, tmp_path: Path) -> None:
+    store, half = tmp_path / "p.h5", tmp_path / "half.h5"
+    run("embed", photos, "-o", store, "--backbone", TOY, "-q")
+    run("embed", photos, "-o", half, "--backbone", TOY, "--store-dtype", "float16", "-q")
+    assert "fingerprint" in run("explain", store).stdout
+    assert "store_dtype: float32 -> float16: the features are rounded" in run("explain", store, half).stdout
+    said = parsed(run("explain", store, "--data", photos, "--json", "-q"))
+    assert {name: len(ids) for name, ids in said["images"]["reasons"].items()} == {"SAME_STAT": 8}
+    assert "did you mean class0/0.png" in failure("explain", store, "--row", "class0/0.pn", "-q")
+
+
 def test_info_describes_a_store_and_a_model(store: Path) -> None:
     facts = parsed(run("info", store, "--json"))
     assert (facts["kind"], facts["complete"], facts["rows"]) == ("feature store", True, 60)
@@ -199,3 +237,30 @@ def test_info_of_an_incomplete_store_says_so(tmp_path: Path) -> None:
     assert ["complete:", "no"] in said
     assert ["pending:", "10"] in said
     assert "10 of 10 rows are pending" in failure("fit", store, "-q")
+
+
+def test_verify_says_what_it_checked_and_exits_by_what_it_found(photos: Path, tmp_path: Path) -> None:
+    store = tmp_path / "p.h5"
+    run("embed", photos, "-o", store, "--backbone", TOY, "-q")
+    sound = run("verify", store, "--sources", "--recompute", "3", "--backbone", TOY, "--json", "-q")
+    assert (sound.exit_code, parsed(sound)["sound"], parsed(sound)["sources"]["same"]) == (0, True, 8)
+    assert parsed(sound)["recomputed"]["rows"] == 3
+    with open(store, "r+b") as file:
+        file.seek(read_layout(store).features["penultimate"].offset)
+        file.write(b"\xff\x00\xff")
+    damaged = run("verify", store)
+    assert (damaged.exit_code, damaged.stdout.splitlines()[-1]) == (1, "not sound")
+    assert "rows 0-7 (class0/0.png … class1/7.png): features do not match" in damaged.stdout
+
+
+def test_verify_of_a_store_in_progress_is_exit_code_3(tmp_path: Path) -> None:
+    path = make_toy_store(tmp_path / "s.h5", n=10, fill=False)
+    assert run("verify", path).exit_code == 3
+
+
+def test_a_damaged_store_is_fitted_only_unchecked(store: Path) -> None:
+    with open(store, "r+b") as file:
+        file.seek(read_layout(store).features["penultimate"].offset)
+        file.write(b"\x01")
+    assert "is damaged" in failure("fit", store, "--head", "ncm", "-q")
+    assert run("fit", store, "--head", "ncm", "-q", "--no-check").exit_code == 0

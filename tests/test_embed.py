@@ -7,7 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,11 +20,13 @@ from featcache import pipeline
 from featcache.commands.embed import EmbedResult, embed
 from featcache.errors import DataError, ManifestError, SpecMismatch, StoreLocked, TooManyFailures
 from featcache.images.decode import load_image
+from featcache.progress import SilentProgress
 from featcache.records import RowStatus
 from featcache.spec import Preprocessing
 from featcache.store.layout import read_layout
 from featcache.store.lock import write_lock
 from featcache.store.reader import FeatureStore
+from featcache.store.writer import StoreWriter
 
 TOY = "channel_mean:channel_mean"
 SIZE = Preprocessing(resize_size=8, crop_size=8)
@@ -168,6 +171,23 @@ def test_what_has_the_same_bytes_is_not_embedded_again(
     assert counts(result) == {"rows": 6, "reused": 6}
     assert "by the sha256 of their bytes" in result.describe()
     assert "sha256 of their bytes" not in embed(photos, store, backbone=TOY).describe()
+
+
+def test_a_store_records_where_its_images_were(
+    photos: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    embed(photos, store, backbone=TOY)
+    assert FeatureStore.open(store).provenance["data"] == {
+        "path": str(photos.absolute()), "root": None, "follow_links": False,
+    }  # fmt: skip
+    manifest = tmp_path / "all.csv"
+    manifest.write_text("path,label\nclass0/0.png,a\n")
+    other = tmp_path / "other.h5"
+    embed("all.csv", other, backbone=TOY, root="photos", follow_links=True)
+    assert FeatureStore.open(other).provenance["data"] == {
+        "path": str(manifest), "root": str(photos), "follow_links": True,
+    }  # fmt: skip
 
 
 def test_a_moved_folder_is_the_same_data(photos: Path, store: Path, embedded: EmbedResult) -> None:
@@ -439,6 +459,16 @@ def test_a_killed_growth_keeps_the_old_store_and_goes_on(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fresh.h5", "many", "store.h5"]
 
 
+@contextmanager
+def default_ctrl_c() -> Iterator[None]:
+    """A shell that starts the tests in the background has Ctrl-C ignored."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
+
+
 def stop_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
     """Ctrl-C in the forward pass after so many."""
     from featcache.engines.torch_eager import TorchEager
@@ -515,12 +545,101 @@ def test_another_backbone_is_refused_before_its_weights_are_looked_for(
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_an_interrupted_run_says_what_is_kept(many: Path, tmp_path: Path, name: str, code: int) -> None:
-    arguments = (str(many), "-o", str(tmp_path / "s.h5"), "--backbone", "killed_backbone:backbone")
-    stopped = run_embed(*arguments, kill_at=70, kill_with=name)
+@pytest.mark.parametrize(
+    ("kill_at", "kept"),
+    [(1, 0), (70, 512), (130, 600)],
+    ids=["before a row", "in the second block", "in the third block"],
+)
+def test_an_interrupted_run_finishes_its_block_and_says_what_is_kept(
+    many: Path, tmp_path: Path, name: str, code: int, kill_at: int, kept: int
+) -> None:
+    """600 rows in blocks of 256, in batches of 4: the 65th begins the second block, the 129th the third."""
+    store = tmp_path / "s.h5"
+    arguments = (str(many), "-o", str(store), "--backbone", "killed_backbone:backbone")
+    stopped = run_embed(*arguments, kill_at=kill_at, kill_with=name)
     assert stopped.returncode == code
-    assert "256 of 600 rows are kept; run the same command again" in stopped.stderr
+    assert f"{kept} of 600 rows are kept; run the same command again" in stopped.stderr
     assert "Traceback" not in stopped.stderr
+    assert np.flatnonzero(FeatureStore.open(store).done).tolist() == list(range(kept))
+
+
+def test_an_interrupt_says_once_what_it_waits_for(many: Path, store: Path) -> None:
+    said = []
+
+    class Notes(SilentProgress):
+        def note(self, message: str) -> None:
+            said.append(message)
+
+        def advance(self, count: int, **_: object) -> None:
+            if not said:
+                signal.raise_signal(signal.SIGINT)
+
+    with default_ctrl_c(), pytest.raises(KeyboardInterrupt):
+        embed(many, store, backbone=TOY, batch_size=8, progress=Notes())
+    assert said == ["stopping when this block is written (Ctrl-C again stops at once)"]
+    assert FeatureStore.open(store).done.sum() == 256
+
+
+def test_a_second_interrupt_stops_at_once(many: Path, store: Path) -> None:
+    class Twice(SilentProgress):
+        calls = 0
+
+        def advance(self, count: int, **_: object) -> None:
+            self.calls += 1
+            if self.calls in (33, 35):
+                signal.raise_signal(signal.SIGINT)
+
+    progress = Twice()
+    with default_ctrl_c(), pytest.raises(KeyboardInterrupt) as stopped:
+        embed(many, store, backbone=TOY, batch_size=8, progress=progress)
+    assert progress.calls == 35
+    assert stopped.value.__notes__ == ["256 of 600 rows are kept; run the same command again to go on"]
+    assert FeatureStore.open(store).done.sum() == 256
+
+
+def test_a_copy_is_interrupted_between_two_blocks(
+    many: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed(many, store, backbone=TOY, batch_size=8)
+    (many / "class0").rename(many / "aardvark")
+    plain = StoreWriter.write_block
+
+    def interrupted(self: StoreWriter, block: int, **columns: np.ndarray) -> None:
+        plain(self, block, **columns)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(StoreWriter, "write_block", interrupted)
+    with default_ctrl_c(), pytest.raises(KeyboardInterrupt) as stopped:
+        embed(many, store, backbone=TOY)
+    monkeypatch.undo()
+    assert stopped.value.__notes__ == ["256 of 600 rows are kept; run the same command again to go on"]
+    assert counts(embed(many, store, backbone=TOY)) == {"rows": 600, "reused": 600, "relabelled": 200}
+    assert FeatureStore.open(store).complete
+
+
+def test_a_run_that_was_asked_to_stop_never_names_an_unfinished_store(
+    many: Path, store: Path, save_image: Callable[..., Path]
+) -> None:
+    """Trap: a host's own handler that returns, after which the run would go on as if it were done."""
+    embed(many, store, backbone=TOY, batch_size=8)
+    before = store.read_bytes()
+    for i in range(300):
+        save_image(many / "class9" / f"{i:03d}.png", seed=5000 + i, size=(20, 20))
+
+    class Once(SilentProgress):
+        def advance(self, count: int, **_: object) -> None:
+            if not seen:
+                signal.raise_signal(signal.SIGINT)
+
+    seen: list[int] = []
+    former = signal.signal(signal.SIGINT, lambda signum, frame: seen.append(signum))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            embed(many, store, backbone=TOY, progress=Once())
+    finally:
+        signal.signal(signal.SIGINT, former)
+    assert seen == [signal.SIGINT]
+    assert store.read_bytes() == before
 
 
 def test_the_summary_tells_speed_and_size(embedded: EmbedResult) -> None:

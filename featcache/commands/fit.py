@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.disk import write_atomically
+from featcache.disk import open_regular, write_atomically
 from featcache.errors import HeadError
 from featcache.evaluate.metrics import Metrics, score
 from featcache.evaluate.select import Selection, select
@@ -122,10 +122,11 @@ def fit(
 def _keep_stores(*written: Path) -> None:
     """HeadError when a file to be written is a feature store now: features cost more than a head."""
     for path in written:
-        if not path.is_file():
-            continue
-        with open(path, "rb") as file:
-            is_store = file.read(4) == b"\x89HDF"
+        try:
+            with open_regular(path) as file:
+                is_store = file.read(4) == b"\x89HDF"
+        except OSError:
+            continue  # nothing of ours; writing will say what is wrong with it
         if is_store:
             raise HeadError(f"{path} is a feature store, which would be replaced. Choose another --output.")
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from featcache.disk import open_regular
 from featcache.errors import ModelError, NotAStore
 from featcache.model import Model
 from featcache.records import SPLITS
@@ -35,13 +37,13 @@ class Info:
 def info(file: str | os.PathLike[str]) -> Info:
     """Describe a feature store or a model file. NotAStore or ModelError when it is neither or damaged."""
     path = Path(file)
-    if path.exists() and not path.is_file():
-        raise NotAStore(f"{path} is not a regular file: a store or a model file is expected.")
     try:
-        with open(path, "rb") as opened:
+        with open_regular(path) as opened:
             head = opened.read(9)
     except OSError as exc:
-        raise NotAStore(f"{path} cannot be opened: {os.strerror(exc.errno or 0)}.") from exc
+        raise NotAStore(
+            f"{path} cannot be opened: {exc.strerror}. A feature store or a model file is expected."
+        ) from exc
     if head.startswith(b"\x89HDF"):
         return Info(facts=_store_facts(FeatureStore.open(path, check=False)))
     if head[8:9] == b"{":
@@ -53,7 +55,7 @@ def _store_facts(store: FeatureStore) -> dict[str, Any]:
     table, counts = store.table, store.status_counts()
     names = Counter("(none)" if label is None else label for label in table.label_names())
     splits = Counter(_split_name(code) for code in table.splits.tolist())
-    weights, provenance = store.provenance["weights"], store.provenance
+    provenance = store.provenance
     return {
         "file": str(store.path),
         "kind": "feature store",
@@ -65,13 +67,19 @@ def _store_facts(store: FeatureStore) -> dict[str, Any]:
         "splits": dict(splits),
         "spec": store.spec.flat(),
         "fingerprint": store.fingerprint,
-        "weights": f"{weights['source']}, {weights['label']}",
+        "weights": _weights_words(provenance.get("weights")),
         "provenance": {
-            key: provenance[key]
+            key: provenance.get(key)
             for key in ("created", "command", "engine", "device", "batch_size", "versions")
         },
         "bytes": os.path.getsize(store.path),
     }
+
+
+def _weights_words(weights: Any) -> str:
+    if not isinstance(weights, Mapping):
+        return "not recorded"
+    return f"{weights.get('source')}, {weights.get('label')}"
 
 
 def _split_name(code: int) -> str:

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.backbones import Backbone, load_backbone
 from featcache.engines import make_engine
-from featcache.errors import BackboneError, ModelError
+from featcache.errors import ModelError
 from featcache.images import find_images
 from featcache.images.identity import ImageFailure
 from featcache.images.paths import show_path
 from featcache.model import Model
 from featcache.pipeline import EmbeddedBatch, default_workers, embed_files
 from featcache.progress import Progress, SilentProgress
+from featcache.request import RecordedBackbone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ def predict(
     progress = progress or SilentProgress()
     fitted = Model.load(Path(model))
     files, notes = find_images([Path(image) for image in images], follow_links=follow_links)
-    loaded = _load_same_backbone(fitted, where=str(model), weights=weights, allowed=backbone)
+    loaded = _recorded_backbone(fitted, where=str(model)).load(weights=weights, allowed=backbone)
     engine = make_engine(
         loaded,
         nodes=(fitted.node.key,),
@@ -124,23 +124,16 @@ def predict(
     return PredictResult(predictions=tuple(predictions), notes=tuple(notes))
 
 
-def _load_same_backbone(model: Model, *, where: str, weights: str | None, allowed: str | None) -> Backbone:
-    request = model.request
-    name = request["backbone"]  # what is loaded below: the spec's name is not what decides which code runs
-    if ":" in name and allowed != name:
-        raise ModelError(
-            f"{where} needs the code of its own backbone {name!r}, and a model file is not trusted to name "
-            f"code to run: repeat it as --backbone {name} to allow it."
-        )
-    recorded = model.weights.get("path") if model.weights["source"] == "file" else request.get("weights")
-    loaded = load_backbone(name, weights=weights or recorded, seed=request.get("seed", 0))
-    if loaded.weights.sha256 != model.spec.weights_sha256:
-        raise BackboneError(
-            f"{where} was fitted on features of {name} with weights {model.spec.weights_sha256[:12]}…; the "
-            f"weights here ({loaded.weights.label}) are {loaded.weights.sha256[:12]}…. Pass the file it was "
-            "made with as --weights FILE, or embed and fit again with the weights that are here."
-        )
-    return loaded
+def _recorded_backbone(model: Model, *, where: str) -> RecordedBackbone:
+    return RecordedBackbone.from_records(
+        model.request,
+        model.weights,
+        model.spec,
+        where=where,
+        kind="model file",
+        says="was fitted on",
+        error=ModelError,
+    )
 
 
 def _predict_batch(

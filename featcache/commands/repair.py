@@ -1,0 +1,345 @@
+"""`featcache repair`: the damaged, failed and pending rows of a store embedded again, and nothing else.
+
+Needs the images and the backbone, but no listing: the store's own ids say which images there are.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featcache.embedding import Embedded, Embedding
+from featcache.errors import DataError, StoreError
+from featcache.images.decode import load_image
+from featcache.images.identity import ImageFailure, file_stat
+from featcache.images.paths import resolve, show_path
+from featcache.origin import find_origin, find_root, follows_links, image_file
+from featcache.pipeline import default_workers
+from featcache.progress import Progress, SilentProgress
+from featcache.records import NO_FILE, FileStat, RowStatus
+from featcache.request import Embedder
+from featcache.reuse import CachedRows, ReusePlan
+from featcache.store.files import StoreFiles
+from featcache.store.lock import write_lock
+from featcache.store.reader import FeatureStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairResult:
+    """What a repair did. The rows to embed again are damaged + pending + failed_before.
+
+    failed: rows without features now. changed: sound rows whose file is no longer the recorded one, which
+    are left alone; None where the images were not looked for.
+    """
+
+    rows: int
+    embedded: int
+    damaged: int
+    pending: int
+    failed_before: int
+    failed: int
+    changed: int | None
+    seconds: float
+    fingerprint: str
+    store: str
+    failures: tuple[tuple[str, str], ...] = ()  # (path, why)
+    notes: tuple[str, ...] = ()
+    dry_run: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """The documented keys, in order."""
+        return {
+            name: getattr(self, name)
+            for name in (
+                "rows", "embedded", "damaged", "pending", "failed_before", "failed", "changed",
+                "seconds", "fingerprint", "store",
+            )
+        }  # fmt: skip
+
+    def describe(self) -> str:
+        """The summary for a terminal."""
+        parts = [
+            f"{count:,} {words}"
+            for count, words in (
+                (self.damaged, "of damaged blocks"),
+                (self.pending, "not embedded yet"),
+                (self.failed_before, "that failed before"),
+            )
+            if count
+        ]
+        if not parts:
+            lines = [f"nothing to repair: the blocks of all {self.rows:,} rows are sound"]
+        else:
+            done = f"{self.embedded:,} {'to embed' if self.dry_run else 'embedded'} again"
+            lines = [f"{self.rows:,} rows: {done} ({', '.join(parts)}), {self.failed:,} without features"]
+        lines += [f"  failed: {path}: {why}" for path, why in self.failures[:10]]
+        if len(self.failures) > 10:
+            lines.append(
+                f"  … and {len(self.failures) - 10:,} more; `featcache info {self.store}` lists them"
+            )
+        lines += [f"  {note}" for note in self.notes]
+        if self.dry_run:
+            lines.append("nothing was written (--dry-run)")
+        elif parts:
+            lines.append(f"{self.store}: repaired in {self.seconds:.1f} s")
+        return "\n".join(lines)
+
+
+def repair(
+    store: str | os.PathLike[str],
+    *,
+    data: str | os.PathLike[str] | None = None,
+    root: str | os.PathLike[str] | None = None,
+    backbone: str | None = None,
+    weights: str | None = None,
+    device: str = "auto",
+    batch_size: int | None = None,
+    workers: int | None = None,
+    max_failures: float = 0.01,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> RepairResult:
+    """Embed the rows of `store` again whose block is damaged or pending, and those that failed.
+
+    data, root: where the images are, when they are not where they were embedded from.
+    backbone: must repeat a store's own `module:function` to allow that code to be run.
+    weights: the backbone's weights file, where it has moved. max_failures: as for `embed`; rows that have
+        failed before do not count.
+
+    A row that failed is only written again when its image can be used now. Sound rows are left as they are,
+    whatever became of their images. Raises NotAStore, DamagedStore (the structure is damaged, which is beyond
+    repair), DataError (the images are not there), StoreError, BackboneError, StoreLocked, TooManyFailures,
+    DiskError; every acknowledged block is kept and the same call goes on from there.
+    """
+    begun = time.perf_counter()
+    workers = default_workers() if workers is None else workers
+    if workers < 1 or (batch_size is not None and batch_size < 1):
+        raise ValueError("workers and batch_size are at least 1")
+    files = StoreFiles.at(store)
+    with nullcontext() if dry_run else write_lock(files.output):
+        opened = FeatureStore.open(files.output, check=False)
+        need = _look(opened, data=data, root=root, workers=workers)
+        if dry_run or need.root is None or not len(need.rows):
+            if not dry_run:
+                files.sync()  # what is found sound may have been written by a repair killed before its sync
+            result = _nothing_done(need, dry_run=dry_run)
+        else:
+            run = Embedding(
+                files=files,
+                embedder=Embedder.of_store(
+                    opened, weights=weights, allowed=backbone, device=device, batch_size=batch_size
+                ),
+                data=find_origin(opened, data=data, root=root),
+                workers=workers,
+                max_failures=max_failures + len(need.failing) / len(opened),
+                progress=progress or SilentProgress(),
+                keep_growths=True,
+            )
+            plan = _plan(need, need.root, _growth_to_continue(files, need))
+            result = _repaired(need, run, run.carry_out(plan, opened.spec))
+    return replace(result, seconds=round(time.perf_counter() - begun, 3))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Need:
+    """What a store needs. damaged, pending, failed_before: int64 ndarrays, the rows to embed again.
+
+    failing: {row: why} of sound rows that have no features and still cannot have them.
+    """
+
+    cache: CachedRows
+    root: Path | None  # None: the images were not needed, and are not where they were
+    damaged: NDArray[np.intp]
+    pending: NDArray[np.intp]
+    failed_before: NDArray[np.intp]
+    failing: Mapping[int, str]
+    changed: int | None
+
+    @property
+    def rows(self) -> NDArray[np.intp]:
+        return np.concatenate([self.damaged, self.pending, self.failed_before])
+
+
+def _look(
+    store: FeatureStore,
+    *,
+    data: str | os.PathLike[str] | None,
+    root: str | os.PathLike[str] | None,
+    workers: int,
+) -> _Need:
+    cache = CachedRows(store)
+    lost = np.flatnonzero(~cache.done)
+    failed = np.flatnonzero(cache.done & (cache.status != RowStatus.OK))
+    folder: Path | None = None
+    with nullcontext() if len(lost) or len(failed) or data is not None else suppress(DataError):
+        folder = find_root(store, data=data, root=root)
+    is_damaged = np.array([cache.is_damaged(row) for row in lost.tolist()], dtype=bool)
+    failing: dict[int, str] = {}
+    changed = None
+    if folder is not None:
+        _require_images(store, lost, folder, follow_links=follows_links(store))
+        failing = _still_failing(cache, failed, folder, workers=workers)
+        changed = _count_changed(cache, folder)
+    return _Need(
+        cache=cache,
+        root=folder,
+        damaged=lost[is_damaged],
+        pending=lost[~is_damaged],
+        failed_before=np.array([row for row in failed.tolist() if row not in failing], dtype=np.intp),
+        failing=failing,
+        changed=changed,
+    )
+
+
+def _require_images(store: FeatureStore, rows: NDArray[np.intp], root: Path, *, follow_links: bool) -> None:
+    """Refuse a folder that has none of the images: their rows would be written as missing."""
+    files = [image_file(root, store.table.ids[row], follow_links=follow_links) for row in rows.tolist()]
+    if files and not any(map(os.path.exists, files)):
+        raise DataError(
+            f"none of the {len(files):,} images to embed again is in {show_path(root)} "
+            f"(not even {show_path(store.table.ids[rows[0]])}). Pass where they are now as --data DATA."
+        )
+
+
+def _still_failing(cache: CachedRows, rows: NDArray[np.intp], root: Path, *, workers: int) -> dict[int, str]:
+    """{row: why} of the failed rows whose image cannot be used now either."""
+    store = cache.store
+    follow_links = follows_links(store)
+
+    def why(row: int) -> str | None:
+        file = image_file(root, store.table.ids[row], follow_links=follow_links)
+        image = load_image(file, store.spec.preprocessing)
+        if isinstance(image, ImageFailure):
+            return image.reason
+        # It was decoded before too; the same bytes give the same features, which are none.
+        same_bytes = cache.sources["sha256"][row].tobytes() == image.sha256
+        if cache.status[row] == RowStatus.NON_FINITE and same_bytes:
+            return RowStatus.NON_FINITE.words
+        return None
+
+    with ThreadPoolExecutor(workers) as pool:
+        reasons = zip(rows.tolist(), pool.map(why, rows.tolist()), strict=True)
+        return {row: reason for row, reason in reasons if reason is not None}
+
+
+def _count_changed(cache: CachedRows, root: Path) -> int:
+    """The sound rows whose file has not the recorded size, mtime and ctime, or is not there."""
+    ids = cache.store.table.ids
+    rows = np.flatnonzero(cache.status == RowStatus.OK).tolist()
+    return sum(not cache.has_stat(row, _stat(root, ids[row])) for row in rows)
+
+
+def _stat(root: Path, path: str) -> FileStat:
+    try:
+        return file_stat(os.stat(resolve(root, path)))
+    except (OSError, ValueError):
+        return NO_FILE
+
+
+def _growth_to_continue(files: StoreFiles, need: _Need) -> CachedRows | None:
+    """What an interrupted repair has left: the newest growth, if it holds just the rows of this store.
+
+    A growth of `embed` holds rows of other images, or newer ones of these; it is left to `embed`.
+    """
+    for path in files.growths[-1:] if len(need.failed_before) else ():
+        with suppress(StoreError):
+            growth = CachedRows(FeatureStore.open(path, check=False))
+            if _has_same_rows(growth, need):
+                return growth
+    return None
+
+
+def _has_same_rows(growth: CachedRows, need: _Need) -> bool:
+    cache = need.cache
+    if growth.store.fingerprint != cache.store.fingerprint or not growth.store.table.equals(
+        cache.store.table
+    ):
+        return False
+    copied = growth.done.copy()
+    copied[need.rows] = False
+    return bool(
+        np.array_equal(growth.status[copied], cache.status[copied])
+        and np.array_equal(growth.sources[copied], cache.sources[copied])
+    )
+
+
+def _plan(need: _Need, root: Path, growth: CachedRows | None) -> ReusePlan:
+    """Every row from where it is, except those to embed again: only what an earlier repair embedded."""
+    caches = (need.cache,) if growth is None else (growth, need.cache)
+    plan = ReusePlan.nothing_known(root, need.cache.store.table, caches)
+    again = np.zeros(len(need.cache.done), dtype=bool)
+    again[need.rows] = True
+    for index, cache in reversed(list(enumerate(caches))):
+        taken = np.flatnonzero(cache.done & (~again | (cache.status == RowStatus.OK)))
+        plan.origin_store[taken], plan.origin_row[taken] = index, taken
+        plan.sources[taken] = cache.sources[taken]
+    return plan
+
+
+def _repaired(need: _Need, run: Embedding, embedded: Embedded) -> RepairResult:
+    notes = [*embedded.notes, *_engine_note(need.cache.store, run)]
+    reasons = {**need.failing, **embedded.reasons}
+    return _result(
+        need,
+        embedded=embedded.computed,
+        failures=replace(embedded, reasons=reasons).failures(),
+        notes=notes,
+    )
+
+
+def _nothing_done(need: _Need, *, dry_run: bool) -> RepairResult:
+    ids = need.cache.store.table.ids
+    failures = [(ids[row], why) for row, why in need.failing.items()]
+    return _result(need, embedded=len(need.rows) if dry_run else 0, failures=failures, dry_run=dry_run)
+
+
+def _engine_note(store: FeatureStore, run: Embedding) -> list[str]:
+    ready, recorded = run.embedder.ready, store.provenance
+    had = [recorded.get("engine"), recorded.get("device")]
+    if ready is None or had == [ready.engine.name, ready.engine.device]:
+        return []
+    return [
+        f"the other rows were embedded by {had[0]} on {had[1]}, these by {ready.engine.name} on "
+        f"{ready.engine.device}: their last digits may differ"
+    ]
+
+
+def _result(
+    need: _Need,
+    *,
+    embedded: int,
+    failures: Sequence[tuple[str, str]],
+    notes: Sequence[str] = (),
+    dry_run: bool = False,
+) -> RepairResult:
+    store = need.cache.store
+    if need.changed:
+        notes = [
+            *notes,
+            f"{need.changed:,} sound rows are left alone though the size, mtime or ctime of their image is "
+            "not the recorded one; `featcache embed` brings them up to date",
+        ]
+    return RepairResult(
+        rows=len(store),
+        embedded=embedded,
+        damaged=len(need.damaged),
+        pending=len(need.pending),
+        failed_before=len(need.failed_before),
+        failed=len(failures),
+        changed=need.changed,
+        seconds=0.0,
+        fingerprint=store.fingerprint,
+        store=str(store.path),
+        failures=tuple(failures),
+        notes=tuple(notes),
+        dry_run=dry_run,
+    )

@@ -1,0 +1,225 @@
+"""Carrying out a plan: a store made, filled, grown and named, so that only its pending rows are computed.
+
+Knows neither how images are listed nor how the plan came about; the caller holds the store's lock.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Generator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featcache import versions
+from featcache.disk import disk_errors
+from featcache.errors import TooManyFailures
+from featcache.filling import StoreFilling
+from featcache.images.paths import resolve
+from featcache.interrupts import StopRequest, graceful_stop
+from featcache.pipeline import EmbeddedBatch, StageSeconds, embed_files
+from featcache.progress import Progress
+from featcache.records import RowStatus
+from featcache.request import Embedder
+from featcache.reuse import ReusePlan
+from featcache.spec import FeatureSpec
+from featcache.store.files import StoreFiles
+from featcache.store.layout import create_store
+from featcache.store.reader import FeatureStore
+from featcache.store.writer import StoreWriter
+
+BLOCK_ROWS = 256  # about; a multiple of the batch size, so that a resumed run forms the same batches
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Embedded:
+    """What a carried out plan came to.
+
+    status: uint8 ndarray (n_rows,). reasons: {row: why it failed}, for rows computed now.
+    """
+
+    plan: ReusePlan
+    status: NDArray[np.uint8]
+    reasons: Mapping[int, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    images_per_second: float = 0.0
+    slowest_stage: str = ""
+
+    @property
+    def computed(self) -> int:
+        """The rows that have features since this run."""
+        return int((self.status[self.plan.pending] == RowStatus.OK).sum())
+
+    @property
+    def reused(self) -> int:
+        return int(((self.plan.origin_store >= 0) & (self.status == RowStatus.OK)).sum())
+
+    def failures(self) -> list[tuple[str, str]]:
+        """(path, why) of every row that was tried and has no features."""
+        rows = np.flatnonzero((self.status != RowStatus.OK) & (self.status != RowStatus.PENDING))
+        ids = self.plan.table.ids
+        return [
+            (ids[row], self.reasons.get(int(row), RowStatus(int(self.status[row])).words)) for row in rows
+        ]
+
+
+@dataclass(kw_only=True)
+class Embedding:
+    """One run over one store.
+
+    data: where the images are, for the provenance of a new file. keep_growths: leave unfinished growths that
+    are not of this run, for their rows are not all in the plan.
+    """
+
+    files: StoreFiles
+    embedder: Embedder
+    data: Mapping[str, Any]
+    workers: int
+    max_failures: float
+    progress: Progress
+    keep_growths: bool = False
+
+    def carry_out(self, plan: ReusePlan, spec: FeatureSpec) -> Embedded:
+        """Bring the store to what `plan` says, within a file that has just its rows or in a new one.
+
+        TooManyFailures: more rows failed than `max_failures` allows; what was embedded is kept.
+        """
+        stores = [cache.store for cache in plan.caches]
+        index = next((i for i in range(len(stores)) if plan.can_continue(i)), None)
+        if index is not None and stores[index].complete:
+            self.files.take_name(stores[index].path, keep_growths=self.keep_growths)
+            embedded = Embedded(plan=plan, status=plan.reused_status)
+            self._stop_if_too_many(embedded)
+            return embedded
+        target = stores[index] if index is not None else self._create(plan, spec)
+        filling = StoreFilling(plan, target)
+        stages = StageSeconds()
+        begun = time.perf_counter()
+        if len(plan.pending):
+            # Read before the engine is made: a resumed run uses the batch size the store began with.
+            self.embedder.engine_for(target, output=self.files.output)
+        self._fill(filling, stages)
+        seconds = time.perf_counter() - begun
+        self.files.take_name(target.path, keep_growths=self.keep_growths)
+        embedded = _so_far(filling)
+        slowest = max(stages.as_dict(), key=lambda name: stages.as_dict()[name])
+        return Embedded(
+            plan=plan,
+            status=filling.status,
+            reasons=filling.reasons,
+            notes=tuple(filling.notes()),
+            images_per_second=round(len(plan.pending) / seconds, 2) if embedded.computed else 0.0,
+            slowest_stage=slowest,
+        )
+
+    def _create(self, plan: ReusePlan, spec: FeatureSpec) -> FeatureStore:
+        """A new store for the plan's rows: under the output's name if that is free, beside it otherwise."""
+        with disk_errors(self.files.output, doing="creating"):
+            path = self.files.next_growth if self.files.output.exists() else self.files.output
+        if len(plan.pending) and plan.caches:
+            self.embedder.engine_for(plan.caches[-1].store, output=self.files.output)
+        ready = self.embedder.ready
+        old = plan.caches[-1].store.provenance if plan.caches else {}
+        batch_size = ready.engine.batch_size if ready else old["batch_size"]
+        provenance = {
+            "request": self.embedder.request.as_json(),
+            "weights": ready.weights if ready else old["weights"],
+            "versions": versions.installed(),
+            "engine": ready.engine.name if ready else old["engine"],
+            "device": ready.engine.device if ready else old["device"],
+            "batch_size": batch_size,
+            "data": dict(self.data),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        }
+        create_store(
+            path,
+            spec=spec,
+            table=plan.table,
+            provenance=provenance,
+            block_rows=batch_size * max(1, BLOCK_ROWS // batch_size),
+        )
+        return FeatureStore.open(path, check=False)
+
+    def _fill(self, filling: StoreFilling, stages: StageSeconds) -> None:
+        """Compute and write all rows, or as many as are written when a signal asks to stop."""
+        if len(filling.plan.pending):
+            self.progress.start("embedding", total=len(filling.plan.pending), unit="images")
+        try:
+            with graceful_stop() as stop, StoreWriter(filling.target.layout) as writer:
+                self._fill_until(stop, filling, writer, stages)
+            if not filling.finished:
+                raise KeyboardInterrupt  # whoever handled the signal before us let the process go on
+        except KeyboardInterrupt as exc:
+            exc.add_note(
+                f"{filling.written_rows:,} of {len(filling.plan.table.ids):,} rows are kept; "
+                "run the same command again to go on"
+            )
+            raise
+        finally:
+            self.progress.finish()
+
+    def _fill_until(
+        self, stop: StopRequest, filling: StoreFilling, writer: StoreWriter, stages: StageSeconds
+    ) -> None:
+        said = False
+        with closing(self._batches(filling.plan, stages)) as batches:
+            for batch in batches:
+                if stop.requested and not filling.in_progress:
+                    return
+                if stop.requested and not said:
+                    self.progress.note("stopping when this block is written (Ctrl-C again stops at once)")
+                    said = True
+                filling.add(batch)
+                begun = time.perf_counter()
+                written = self._write_ready(filling, writer, stop)
+                stages.writing += time.perf_counter() - begun
+                self.progress.advance(len(batch.outcomes), stages=stages.as_dict())
+                if stop.requested and written:
+                    return
+        self._write_ready(filling, writer, stop)  # where every row is reused there was no batch
+
+    def _batches(self, plan: ReusePlan, stages: StageSeconds) -> Generator[EmbeddedBatch]:
+        ready = self.embedder.ready
+        if ready is None:
+            return
+        yield from embed_files(
+            [resolve(plan.root, plan.table.ids[row]) for row in plan.pending],
+            engine=ready.engine,
+            preprocessing=ready.spec.preprocessing,
+            workers=self.workers,
+            stages=stages,
+        )
+
+    def _write_ready(self, filling: StoreFilling, writer: StoreWriter, stop: StopRequest) -> int:
+        written = 0
+        while filling.write_next(writer):
+            written += 1
+            if stop.requested:
+                break
+        if written:
+            self._stop_if_too_many(_so_far(filling))
+        return written
+
+    def _stop_if_too_many(self, embedded: Embedded) -> None:
+        failures, rows = embedded.failures(), len(embedded.status)
+        if len(failures) <= max(1, self.max_failures * rows):
+            return
+        shown = "; ".join(f"{path}: {why}" for path, why in failures[:5])
+        raise TooManyFailures(
+            f"{len(failures):,} of {rows:,} images failed, "
+            f"more than the {self.max_failures:.1%} allowed: {shown}{'; …' if len(failures) > 5 else ''}. "
+            "Mend or remove them, or allow more with --max-failures, then run the same command again: "
+            "what was embedded is kept."
+        )
+
+
+def _so_far(filling: StoreFilling) -> Embedded:
+    return Embedded(plan=filling.plan, status=filling.status, reasons=filling.reasons)

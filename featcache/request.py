@@ -1,0 +1,252 @@
+"""What features are asked for, and what it takes to make them: from a request to a spec and an engine.
+
+Knows backbones, engines and what files record of them; no images and no rows. A spec is settled without
+torch where the weights can be proven to be the recorded ones; the engine is made when it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from featcache.backbones import Backbone, load_backbone, prove_weights
+from featcache.backbones.weights import RANDOM
+from featcache.engines import Engine, make_engine
+from featcache.errors import BackboneError, FeatcacheError, SpecMismatch, StoreError
+from featcache.spec import FeatureSpec, Precision, StoreDtype, describe_differences, require_same_spec
+from featcache.store.reader import FeatureStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedRequest:
+    """What the user asked for, as far as it determines the features. Recorded in the store's provenance."""
+
+    backbone: str
+    weights: str | None
+    seed: int
+    nodes: tuple[str, ...]
+    precision: Precision
+    store_dtype: StoreDtype
+
+    @classmethod
+    def of_store(cls, store: FeatureStore) -> Self:
+        """What was asked for when `store` was made; StoreError when it does not say."""
+        backbone = RecordedBackbone.of_store(store)
+        nodes = store.provenance["request"].get("nodes")
+        if not isinstance(nodes, list) or not all(isinstance(node, str) for node in nodes):
+            nodes = [node.key for node in store.spec.nodes]
+        return cls(
+            backbone=backbone.name,
+            weights=backbone.asked_weights,
+            seed=backbone.seed,
+            nodes=tuple(nodes),
+            precision=store.spec.compute_dtype,
+            store_dtype=store.spec.store_dtype,
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "nodes": list(self.nodes)}
+
+
+def absolute_weights(weights: str | None) -> str | None:
+    """A weights file by its absolute path, so that a request means the same from every directory."""
+    return str(Path(weights).absolute()) if weights and weights != RANDOM else weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedBackbone:
+    """The backbone a file says its features are of. `name` decides which code runs, not the spec's name."""
+
+    where: str  # the file
+    kind: str  # of file, in words
+    says: str  # what the file does, in words, before "features of …"
+    error: type[FeatcacheError]
+    name: str
+    asked_weights: str | None  # as they were asked for
+    weights_path: str | None  # of the file they were read from, where the user named one
+    weights_sha256: str
+    seed: int
+
+    @classmethod
+    def from_records(
+        cls,
+        request: Mapping[str, Any],
+        weights: Mapping[str, Any],
+        spec: FeatureSpec,
+        *,
+        where: str,
+        kind: str,
+        says: str,
+        error: type[FeatcacheError],
+    ) -> Self:
+        """From the provenance of a file; `error` when it is not what featcache records."""
+        asked, seed = request.get("weights"), request.get("seed", 0)
+        path = weights.get("path") if weights.get("source") == "file" else None
+        if (
+            not isinstance(request.get("backbone"), str)
+            or not isinstance(seed, int)
+            or not all(isinstance(text, str | None) for text in (asked, path))
+        ):
+            raise error(f"{where} does not say which backbone and weights it is of. Make it anew.")
+        return cls(
+            where=where,
+            kind=kind,
+            says=says,
+            error=error,
+            name=request["backbone"],
+            asked_weights=asked,
+            weights_path=path,
+            weights_sha256=spec.weights_sha256,
+            seed=seed,
+        )
+
+    @classmethod
+    def of_store(cls, store: FeatureStore) -> Self:
+        """The backbone of the features in `store`; StoreError when it does not say which."""
+        request, weights = (store.provenance.get(name) for name in ("request", "weights"))
+        return cls.from_records(
+            request if isinstance(request, Mapping) else {},
+            weights if isinstance(weights, Mapping) else {},
+            store.spec,
+            where=str(store.path),
+            kind="store",
+            says="holds",
+            error=StoreError,
+        )
+
+    def require_permission(self, allowed: str | None) -> None:
+        """Refuse code of the user's own unless `allowed` repeats its name."""
+        if ":" in self.name and allowed != self.name:
+            raise self.error(
+                f"{self.where} needs the code of its own backbone {self.name!r}, and a {self.kind} is not "
+                f"trusted to name code to run: repeat it as --backbone {self.name} to allow it."
+            )
+
+    def load(self, *, weights: str | None = None, allowed: str | None = None) -> Backbone:
+        """The network with the recorded weights; BackboneError when those found are others.
+
+        weights: their file, where it is not where it was. allowed: must repeat a `module:function`.
+        """
+        self.require_permission(allowed)
+        found = weights or self.weights_path or self.asked_weights
+        loaded = load_backbone(self.name, weights=found, seed=self.seed)
+        if loaded.weights.sha256 != self.weights_sha256:
+            raise BackboneError(
+                f"{self.where} {self.says} features of {self.name} with weights {self.weights_sha256[:12]}…; "
+                f"the weights here ({loaded.weights.label}) are {loaded.weights.sha256[:12]}…. Pass the file "
+                "it was made with as --weights FILE, or embed and fit again with the weights that are here."
+            )
+        return loaded
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ReadyEngine:
+    """An engine with the spec of what it computes."""
+
+    engine: Engine
+    spec: FeatureSpec
+    weights: Mapping[str, Any]  # `WeightsIdentity` as a dict
+
+
+class Embedder:
+    """A request on its way to features: its spec, and the engine that computes them once it is needed."""
+
+    def __init__(self, request: EmbedRequest, *, device: str = "auto", batch_size: int | None = None) -> None:
+        self.request = request
+        self.ready: ReadyEngine | None = None
+        self._device, self._batch_size = device, batch_size
+
+    @classmethod
+    def of_store(
+        cls,
+        store: FeatureStore,
+        *,
+        weights: str | None = None,
+        allowed: str | None = None,
+        device: str = "auto",
+        batch_size: int | None = None,
+    ) -> Self:
+        """With the engine that computes rows of `store` as they were computed, and in the same batches.
+
+        weights, allowed: see `RecordedBackbone.load`. Raises StoreError, BackboneError, DeviceError.
+        """
+        request = EmbedRequest.of_store(store)
+        if weights:
+            request = replace(request, weights=absolute_weights(weights))
+        backbone = RecordedBackbone.of_store(store).load(weights=weights, allowed=allowed)
+        embedder = cls(request, device=device, batch_size=batch_size)
+        ready = embedder._use(backbone, batch_size=embedder._recorded_batch_size([store]))
+        if said := describe_differences(store.spec, ready.spec):
+            raise SpecMismatch(
+                f"{store.path} holds {store.spec.backbone} features that are not computed here: {said}. "
+                "Use the library versions it was made with (`featcache info`), or embed to another --output."
+            )
+        return embedder
+
+    def settle_spec(self, stores: Sequence[FeatureStore], *, output: Path) -> tuple[FeatureSpec, str]:
+        """The spec asked for and how it is known; SpecMismatch when the store at `output` holds another."""
+        for store in reversed(stores):
+            proof = prove_weights(store.provenance, self.request.as_json())
+            if proof:
+                _require_same(stores, store.spec, output=output)
+                return store.spec, proof
+        for store in stores:
+            self._require_same_backbone(store, output=output)
+        spec = self.load(batch_size=self._recorded_batch_size(stores)).spec
+        _require_same(stores, spec, output=output)
+        return spec, f"weights {spec.weights_sha256[:12]} loaded and compared"
+
+    def engine_for(self, target: FeatureStore, *, output: Path) -> ReadyEngine:
+        """The engine, made now if it was not yet, with the batch size `target` was begun with."""
+        if self.ready is None:
+            ready = self.load(batch_size=self._recorded_batch_size([target]))
+            require_same_spec(target.spec, ready.spec, where=str(output))
+            return ready
+        return self.ready
+
+    def load(self, *, batch_size: int | None = None) -> ReadyEngine:
+        """Load the backbone and make its engine."""
+        request = self.request
+        backbone = load_backbone(request.backbone, weights=request.weights, seed=request.seed)
+        return self._use(backbone, batch_size=batch_size)
+
+    def _use(self, backbone: Backbone, *, batch_size: int | None) -> ReadyEngine:
+        request = self.request
+        engine = make_engine(
+            backbone,
+            nodes=request.nodes,
+            device=self._device,
+            precision=request.precision,
+            batch_size=batch_size,
+        )
+        spec = FeatureSpec(
+            backbone=backbone.name,
+            weights_sha256=backbone.weights.sha256,
+            nodes=engine.nodes,
+            preprocessing=backbone.preprocessing,
+            compute_dtype=request.precision,
+            store_dtype=request.store_dtype,
+        )
+        self.ready = ReadyEngine(engine=engine, spec=spec, weights=asdict(backbone.weights))
+        return self.ready
+
+    def _recorded_batch_size(self, stores: Sequence[FeatureStore]) -> int | None:
+        recorded = stores[0].provenance.get("batch_size") if stores else None
+        return self._batch_size or (recorded if isinstance(recorded, int) and recorded > 0 else None)
+
+    def _require_same_backbone(self, store: FeatureStore, *, output: Path) -> None:
+        """Refuse another backbone by its name alone, before its weights are looked for."""
+        have, want = store.spec.backbone, self.request.backbone.partition("@")[0]
+        if have != want:
+            raise SpecMismatch(
+                f"{output} holds {have} features: backbone is {have}, not {want}. "
+                f"Choose another --output, or pass --backbone {have}."
+            )
+
+
+def _require_same(stores: Sequence[FeatureStore], spec: FeatureSpec, *, output: Path) -> None:
+    for store in stores:
+        if store.path == output:
+            require_same_spec(store.spec, spec, where=str(output))

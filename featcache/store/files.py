@@ -1,0 +1,96 @@
+"""The names around a store: the store itself and its growths, finished or not. Knows no rows.
+
+A growth that no longer fits is not replaced but joined by a further one, since its rows may be in no other
+file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from featcache.disk import disk_errors, replace_durably, sync_file
+from featcache.errors import StoreError
+from featcache.store.reader import FeatureStore
+
+
+@dataclass(frozen=True)
+class StoreFiles:
+    """The files of one store. `output` is its name, which it gets once it is complete."""
+
+    output: Path
+
+    @classmethod
+    def at(cls, path: str | os.PathLike[str]) -> Self:
+        """The files of the store at `path`; of a link, those of the store it leads to."""
+        return cls(Path(os.path.realpath(path)) if os.path.islink(path) else Path(path))
+
+    @property
+    def growths(self) -> list[Path]:
+        """The unfinished growths there are, oldest first: `STORE.growing`, `STORE.growing.1`, …
+
+        A kill while they were removed may have left a later one without an earlier.
+        """
+        return [self._growth(number) for number in self._growth_numbers()]
+
+    @property
+    def next_growth(self) -> Path:
+        return self._growth(max(self._growth_numbers(), default=-1) + 1)
+
+    @property
+    def half_created(self) -> list[Path]:
+        """Files that a killed run had not given their name yet; they hold nothing."""
+        return [
+            self.output.with_name(match[0]) for match in self._matches(r"(\.growing(\.[1-9]\d*)?)?\.creating")
+        ]
+
+    def _growth_numbers(self) -> list[int]:
+        return sorted(int(match[1] or 0) for match in self._matches(r"\.growing(?:\.([1-9]\d*))?"))
+
+    def _matches(self, ending: str) -> list[re.Match[str]]:
+        """The files beside the store whose name is the store's with such an ending."""
+        pattern = re.compile(re.escape(self.output.name) + ending)
+        try:
+            names = os.listdir(self.output.parent)
+        except FileNotFoundError:
+            return []
+        return [match for name in names if (match := pattern.fullmatch(name))]
+
+    def _growth(self, number: int) -> Path:
+        return self.output.with_name(self.output.name + ".growing" + (f".{number}" if number else ""))
+
+    def open_all(self) -> list[FeatureStore]:
+        """Unfinished growths, the newest first, so that its rows are found first; then the store itself.
+
+        A damaged growth is passed over: what it held is computed again. Blocks are not checked.
+        """
+        stores = []
+        with disk_errors(self.output, doing="opening"):
+            for path in reversed(self.growths):
+                with suppress(StoreError):
+                    stores.append(FeatureStore.open(path, check=False))
+            if self.output.exists():
+                stores.append(FeatureStore.open(self.output, check=False))
+        return stores
+
+    def sync(self) -> None:
+        """Return once what the store holds survives a power cut, whoever wrote it."""
+        with disk_errors(self.output, doing="syncing"):
+            sync_file(self.output)
+
+    def take_name(self, path: Path, *, keep_growths: bool = False) -> None:
+        """Let the complete store at `path` take the store's name; then remove growths, unless they are kept.
+
+        Readers of the old file keep it.
+        """
+        with disk_errors(self.output, doing="renaming"):
+            growths = [] if keep_growths else self.growths
+            sync_file(path)  # a run killed before its last sync may have written what this one found
+            if path != self.output:
+                replace_durably(path, self.output)
+            for left in (*self.half_created, *reversed(growths)):
+                left.unlink(missing_ok=True)
