@@ -21,10 +21,10 @@ from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from featcache.disk import write_atomically
+from featcache.disk import open_regular, write_atomically
 from featcache.errors import HeadError, ModelError
 from featcache.heads import find_head
-from featcache.spec import FeatureNode, FeatureSpec
+from featcache.spec import FeatureNode, FeatureSpec, require_shallow
 
 if TYPE_CHECKING:
     from featcache.heads.base import Head
@@ -38,10 +38,21 @@ _REBUILD_ERRORS = (
     AttributeError,
     ImportError,
     LookupError,
+    MemoryError,
     OSError,
+    RuntimeError,
     TypeError,
     ValueError,
     zipfile.BadZipFile,
+)
+_DESCRIPTION_ERRORS = (
+    AttributeError,
+    HeadError,
+    KeyError,
+    OverflowError,
+    RecursionError,
+    TypeError,
+    ValueError,
 )
 
 
@@ -96,7 +107,12 @@ class Model:
         """The fitted head, built from the arrays when it is first used; its classes are 0 … n - 1."""
         kind = find_head(self.head_name)
         try:
-            return kind.load().from_arrays(self.arrays, self.rest, params=self.params)
+            head = kind.load().from_arrays(self.arrays, self.rest, params=self.params)
+            _require_probabilities(
+                head.predict_proba(np.zeros((2, self.node.num_features), dtype=np.float32)),
+                shape=(2, len(self.classes)),
+            )
+            return head
         except _REBUILD_ERRORS as error:
             raise ModelError(
                 f"the {self.head_name} head of this model cannot be rebuilt: {_one_line(error)}. "
@@ -106,6 +122,12 @@ class Model:
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
         """Probabilities of `classes` for feature vectors X of shape (n_samples, num_features)."""
         probabilities: NDArray[np.float64] = self.head.predict_proba(X)
+        try:
+            _require_probabilities(probabilities, shape=(len(np.asarray(X)), len(self.classes)))
+        except ValueError as error:
+            raise ModelError(
+                f"the {self.head_name} head of this model is not sound: {error}. Fit it again."
+            ) from error
         return probabilities
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -140,9 +162,9 @@ class Model:
         metadata = _read_metadata(path, data)
         try:
             arrays = load(data)
-        except SafetensorError as error:
+        except (SafetensorError, KeyError) as error:  # KeyError: a type of number that numpy has not
             raise ModelError(
-                f"{path} is damaged or cut short: {error}. Fit again, or copy it again."
+                f"{path} is damaged or cut short: {_one_line(error)}. Fit again, or copy it again."
             ) from error
         if content_digest(metadata["model"], arrays) != metadata.get("digest"):
             raise ModelError(
@@ -151,10 +173,16 @@ class Model:
         try:
             model = cls(**_fields(json.loads(metadata["model"])), arrays=arrays)
             kind_arrays = find_head(model.head_name).arrays
-        except (HeadError, KeyError, TypeError, ValueError) as error:
+        except _DESCRIPTION_ERRORS as error:
             _refuse(path, f"its description cannot be read ({type(error).__name__}: {_one_line(error)})")
         _check_arrays(path, model, kind_arrays)
         return model
+
+
+def _require_probabilities(given: NDArray[Any], *, shape: tuple[int, int]) -> None:
+    """ValueError when a head does not answer with probabilities; a forged one may."""
+    if given.shape != shape or not np.allclose(given.sum(axis=1), 1, atol=1e-6):
+        raise ValueError(f"it does not give probabilities of {shape[1]} classes")
 
 
 def content_digest(text: str, arrays: Mapping[str, NDArray[Any]]) -> str:
@@ -168,10 +196,8 @@ def content_digest(text: str, arrays: Mapping[str, NDArray[Any]]) -> str:
 
 def _read_bytes(path: Path) -> bytes:
     """The file, read whole only if it begins as a safetensors file does: it may be a store of many GB."""
-    if path.exists() and not path.is_file():
-        raise ModelError(f"{path} is not a regular file. `featcache fit` writes a model file.")
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             start = file.read(10)
             if start.startswith(b"\x89HDF"):
                 raise ModelError(
@@ -184,7 +210,10 @@ def _read_bytes(path: Path) -> bytes:
                 )
             return start + file.read()
     except OSError as error:
-        raise ModelError(f"{path} cannot be opened: {error.strerror}.") from error
+        raise ModelError(
+            f"{path} cannot be opened: {error.strerror}. "
+            "A model file, as `featcache fit` writes one, is expected."
+        ) from error
 
 
 def _read_metadata(path: Path, data: bytes) -> dict[str, str]:
@@ -201,12 +230,15 @@ def _read_metadata(path: Path, data: bytes) -> dict[str, str]:
         if int(version) > ENCODING_VERSION:
             raise ModelError(f"{path} was written by format {version}: upgrade featcache to read it.")
         json.loads(metadata["model"])
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise ModelError(f"{path} has a damaged header: {error}. Fit again, or copy it again.") from error
+    except _DESCRIPTION_ERRORS as error:
+        raise ModelError(
+            f"{path} has a damaged header: {_one_line(error)}. Fit again, or copy it again."
+        ) from error
     return metadata
 
 
 def _fields(about: Mapping[str, Any]) -> dict[str, Any]:
+    require_shallow(about)
     spec = FeatureSpec.from_json(json.dumps(about["spec"]))
     if spec.fingerprint() != about["fingerprint"]:
         raise ValueError("the fingerprint is not that of the spec")
@@ -253,7 +285,7 @@ def _check_arrays(path: Path, model: Model, expected: Mapping[str, tuple[str, ..
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return " ".join(str(error).split())[:200]
 
 
 def _refuse(path: Path, why: str) -> NoReturn:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import threading
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -138,6 +139,19 @@ def test_the_sha256_and_stat_are_of_the_bytes_decoded(tmp_path: Path) -> None:
     assert loaded.sha256 == hashlib.sha256(path.read_bytes()).digest()
     assert loaded.stat == stat
     assert hash_image(path) == ImageIdentity(sha256=loaded.sha256, stat=stat)
+
+
+def test_a_file_is_not_read_within_the_tick_of_its_stamps(tmp_path: Path) -> None:
+    """Where stamps tick, an edit right after reading would carry the same ones."""
+    path = tmp_path / "young.png"
+    path.write_bytes(b"young")
+    found = hash_image(path)
+    assert isinstance(found, ImageIdentity)
+    assert time.time_ns() - found.stat.ctime_ns >= identity.TICK_NS
+    os.utime(path, ns=(time.time_ns(), time.time_ns() + 3600 * 10**9))
+    begun = time.monotonic()
+    hash_image(path)
+    assert time.monotonic() - begun < 5, "a stamp in the future is not waited for"
 
 
 def test_an_undecodable_file_keeps_its_sha256(tmp_path: Path) -> None:
@@ -310,7 +324,8 @@ def test_an_image_within_the_limit_is_decoded_without_a_warning(
 
 @pytest.mark.parametrize("image_format", FORMATS)
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_damage_never_raises(tmp_path: Path, image_format: str) -> None:
+def test_damage_never_raises(tmp_path: Path, image_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identity, "TICK_NS", 0)  # nothing edits these files behind our back
     rng = np.random.default_rng(0)
     data = _encoded(_noise(24, 16), image_format)
     statuses = set()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featcache.backbones.backbone import STEP_COUNTER, WeightsIdentity, WeightsSource, weights_digest
+from featcache.disk import open_regular
 from featcache.errors import BackboneError
 
 if TYPE_CHECKING:
@@ -48,18 +49,27 @@ def hub_checkpoints() -> Path:
 def require_file(weights: str) -> Path:
     """The path of a weights file named by the user; `BackboneError` when there is none."""
     path = Path(weights).expanduser()
-    if not path.is_file():
+    try:
+        open_regular(path).close()
+    except OSError as error:
         raise BackboneError(
-            f"there is no weights file {weights}: give the path of a .safetensors, .pth or .pt file, "
-            f"or {RANDOM!r}; a pretrained variant is part of the name, as in resnet50@IMAGENET1K_V1"
-        )
+            f"there is no weights file {weights} ({error.strerror}): give the path of a .safetensors, "
+            f".pth or .pt file, or {RANDOM!r}; a pretrained variant is part of the name, as in "
+            "resnet50@IMAGENET1K_V1"
+        ) from error
     return path
 
 
 def file_sha256(path: Path) -> str:
     """sha256 of the bytes of a file, 64 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with open_regular(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise BackboneError(
+            f"the weights file {path} cannot be read: {error.strerror}. "
+            "Mend that and run the same command again."
+        ) from error
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:

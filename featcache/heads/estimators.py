@@ -15,6 +15,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from featcache.errors import HeadError, ModelError
+from featcache.heads.archive import check_archive
 from featcache.heads.base import Head
 from featcache.heads.parameters import nearest, require_known
 
@@ -181,6 +182,7 @@ def _load_pipeline(data: bytes, *, n_features: int) -> Any:
     with _torch_left_alone():
         from skops.io import get_untrusted_types, loads
 
+        check_archive(data)
         unknown = set(get_untrusted_types(data=data))
         if unknown - TRUSTED:
             raise ModelError(

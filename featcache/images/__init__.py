@@ -56,8 +56,12 @@ def scan_images(data: Path, *, root: Path | None = None, follow_links: bool = Fa
     for source in SOURCES:
         if source.accepts(data):
             return source.scan(data, root=root, follow_links=follow_links)
-    if not os.path.exists(data):
-        raise DataError(f"{show_path(data)} is not there{_nearest(data)}")
+    try:
+        os.stat(data)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(f"{show_path(data)} is not there{_nearest(data)}") from error
+    except OSError as error:
+        raise DataError(f"{show_path(data)} cannot be read: {error.strerror}") from error
     raise DataError(f"{show_path(data)} is not {' or '.join(source.form for source in SOURCES)}")
 
 

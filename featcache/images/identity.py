@@ -9,12 +9,14 @@ import errno
 import hashlib
 import os
 import stat
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from featcache.records import NO_FILE, FileStat, RowStatus
 
 MAX_FILE_BYTES = 1 << 30
+TICK_NS = 20_000_000  # Linux stamps files to the last tick, 10 ms apart at the slowest setting
 
 # A named pipe without a writer would block an ordinary open for ever.
 _OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
@@ -82,13 +84,24 @@ def _read(descriptor: int) -> ImageBytes | ImageFailure:
     if before.size > MAX_FILE_BYTES:
         reason = f"a file of {before.size:,} bytes; the limit is {MAX_FILE_BYTES:,}"
         return ImageFailure(status=RowStatus.TOO_LARGE, reason=reason, stat=before)
+    _let_tick_pass(before)
     data = _read_all(descriptor, before.size)
     after = file_stat(os.fstat(descriptor))
     sha256 = hashlib.sha256(data).digest()
-    if (before.size, before.mtime_ns) != (after.size, after.mtime_ns) or len(data) != after.size:
+    if before != after or len(data) != after.size:
         reason = "the file changed while it was read"
         return ImageFailure(status=RowStatus.CHANGED, reason=reason, stat=after, sha256=sha256)
     return ImageBytes(data=data, sha256=sha256, stat=after)
+
+
+def _let_tick_pass(stamped: FileStat) -> None:
+    """Wait until a later write would get another time stamp than the one about to be recorded.
+
+    Stamps move with a clock that ticks: an edit within the tick that keeps the size would never be seen.
+    """
+    age = time.time_ns() - max(stamped.mtime_ns, stamped.ctime_ns)
+    if 0 <= age < TICK_NS:
+        time.sleep((TICK_NS - age) / 1e9)
 
 
 def _read_all(descriptor: int, size: int) -> bytes:
