@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from featcache.backbones import Backbone, load_backbone, make_backbone
     from featcache.commands.embed import EmbedResult, embed
-    from featcache.commands.explain import Explanation, explain
+    from featcache.commands.explain import explain
     from featcache.commands.fit import FitResult, fit
     from featcache.commands.info import Info, info
     from featcache.commands.predict import Prediction, PredictResult, predict
     from featcache.commands.repair import RepairResult, repair
     from featcache.commands.verify import VerifyResult, verify
     from featcache.errors import FeatcacheError
+    from featcache.explanation import Explanation
     from featcache.model import Model
     from featcache.spec import FeatureSpec, Preprocessing
     from featcache.store.features import FeatureSet
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Backbone": "featcache.backbones",
     "EmbedResult": "featcache.commands.embed",
-    "Explanation": "featcache.commands.explain",
+    "Explanation": "featcache.explanation",
     "FeatcacheError": "featcache.errors",
     "FeatureSet": "featcache.store.features",
     "FeatureSpec": "featcache.spec",

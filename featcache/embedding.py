@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -35,6 +35,7 @@ from featcache.store.layout import create_store
 from featcache.store.reader import FeatureStore
 from featcache.store.writer import StoreWriter
 
+_SHOWN = 10  # failures named in a summary
 BLOCK_ROWS = 256  # about; a multiple of the batch size, so that a resumed run forms the same batches
 
 
@@ -219,6 +220,13 @@ class Embedding:
             "Mend or remove them, or allow more with --max-failures, then run the same command again: "
             "what was embedded is kept."
         )
+
+
+def failure_lines(failures: Sequence[tuple[str, str]], *, store: str) -> list[str]:
+    """The first rows that have no features, as (path, why), for a terminal."""
+    lines = [f"  failed: {path}: {why}" for path, why in failures[:_SHOWN]]
+    more = len(failures) - _SHOWN
+    return lines + ([f"  … and {more:,} more; `featcache info {store}` lists them"] if more > 0 else [])
 
 
 def _so_far(filling: StoreFilling) -> Embedded:

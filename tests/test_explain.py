@@ -16,8 +16,9 @@ from conftest import make_toy_store, toy_spec
 
 from featcache import embedding
 from featcache.commands.embed import EmbedResult, embed
-from featcache.commands.explain import FIELDS, Explanation, explain
+from featcache.commands.explain import explain
 from featcache.errors import DamagedStore, DataError, NotAStore, StoreError
+from featcache.explanation import FIELDS, Explanation
 from featcache.reuse import Reason
 from featcache.spec import FeatureNode, FeatureSpec, Preprocessing
 from featcache.store.layout import read_layout

@@ -18,7 +18,18 @@ PACKAGE = Path(featcache.__file__).parent
 LAYERS = (
     {"cli", "__main__", "__init__", "demo"},
     {"commands"},
-    {"embedding", "request", "origin", "filling", "reuse", "pipeline", "engines", "evaluate", "model"},
+    {
+        "embedding",
+        "explanation",
+        "request",
+        "origin",
+        "filling",
+        "reuse",
+        "pipeline",
+        "engines",
+        "evaluate",
+        "model",
+    },
     {"images", "backbones", "store", "heads"},
     {"spec", "records", "progress", "versions", "disk", "interrupts"},
     {"errors"},
@@ -26,7 +37,7 @@ LAYERS = (
 # The operations that build on other operations: {importer: imported}.
 WITHIN_A_LAYER = {
     "cli": {"demo"}, "__main__": {"cli"}, "pipeline": {"engines"}, "filling": {"pipeline", "reuse"},
-    "request": {"engines"}, "embedding": {"filling", "pipeline", "request", "reuse"},
+    "request": {"engines"}, "explanation": {"reuse"}, "embedding": {"filling", "pipeline", "request", "reuse"},
 }  # fmt: skip
 ROOMS = {
     "click": {"cli"},

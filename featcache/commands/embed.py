@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache.disk import disk_errors
-from featcache.embedding import Embedded, Embedding
+from featcache.embedding import Embedded, Embedding, failure_lines
 from featcache.images import scan_images
 from featcache.origin import describe_origin
 from featcache.pipeline import default_workers
@@ -63,11 +63,7 @@ class EmbedResult:
         if self.removed:
             counts += f"; {self.removed:,} removed"
         lines = [f"{self.rows:,} rows: {counts}"]
-        lines += [f"  failed: {path}: {why}" for path, why in self.failures[:10]]
-        if len(self.failures) > 10:
-            lines.append(
-                f"  … and {len(self.failures) - 10:,} more; `featcache info {self.store}` lists them"
-            )
+        lines += failure_lines(self.failures, store=self.store)
         lines += [f"  {note}" for note in self.notes]
         if self.dry_run:
             lines.append("nothing was written (--dry-run)")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.embedding import Embedded, Embedding
+from featcache.embedding import Embedded, Embedding, failure_lines
 from featcache.errors import DataError, StoreError
 from featcache.images.decode import load_image
 from featcache.images.identity import ImageFailure, file_stat
@@ -81,11 +81,7 @@ class RepairResult:
         else:
             done = f"{self.embedded:,} {'to embed' if self.dry_run else 'embedded'} again"
             lines = [f"{self.rows:,} rows: {done} ({', '.join(parts)}), {self.failed:,} without features"]
-        lines += [f"  failed: {path}: {why}" for path, why in self.failures[:10]]
-        if len(self.failures) > 10:
-            lines.append(
-                f"  … and {len(self.failures) - 10:,} more; `featcache info {self.store}` lists them"
-            )
+        lines += failure_lines(self.failures, store=self.store)
         lines += [f"  {note}" for note in self.notes]
         if self.dry_run:
             lines.append("nothing was written (--dry-run)")
