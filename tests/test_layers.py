@@ -37,7 +37,8 @@ LAYERS = (
 # The operations that build on other operations: {importer: imported}.
 WITHIN_A_LAYER = {
     "cli": {"demo"}, "__main__": {"cli"}, "pipeline": {"engines"}, "filling": {"pipeline", "reuse"},
-    "request": {"engines"}, "explanation": {"reuse"}, "embedding": {"filling", "pipeline", "request", "reuse"},
+    "request": {"engines"}, "explanation": {"reuse"},
+    "embedding": {"filling", "pipeline", "request", "reuse"},
 }  # fmt: skip
 ROOMS = {
     "click": {"cli"},
