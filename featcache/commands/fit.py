@@ -152,18 +152,20 @@ def fit_features(
             f"the training rows hold one class only ({features.classes[known[0]]}). A head tells classes "
             "apart: embed images of another class as well."
         )
-    X, sha256 = features.X[rows.train], features.sha256[rows.train]
+    X, sha256 = _take(features.X, rows.train), features.sha256[rows.train]
     folds = make_folds(sha256, y, seed=seed)
     selection = select(head, kind, given, X=X, y=y, folds=folds, seed=seed, progress=progress)
-    fitted = build_head(head, selection.params, seed=seed)
     with _head_errors(head, doing="fitted"):
-        fitted.fit(X, y)
+        if selection.refit:
+            fitted = selection.refit(selection.params)
+        else:
+            fitted = build_head(head, selection.params, seed=seed).fit(X, y)
     arrays, rest = fitted.to_arrays()
 
     def metrics_of(where: NDArray[np.int64]) -> Metrics:
         table = np.zeros((len(where), len(features.classes)))
         with _head_errors(head, doing="scored"):
-            table[:, known] = fitted.predict_proba(features.X[where])
+            table[:, known] = fitted.predict_proba(_take(features.X, where))
         return score(features.y[where], table, features.classes)
 
     test, train = metrics_of(rows.test), metrics_of(rows.train)
@@ -269,6 +271,13 @@ def _warn_of(features: FeatureSet, train: NDArray[np.int64], test: NDArray[np.in
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         notes.append(f"not in the training rows, so counted as errors: {names}{more}")
     return notes
+
+
+def _take(X: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[Any]:
+    """These rows of X, ascending: a view where they follow one another, else a copy."""
+    together = len(rows) and rows[-1] - rows[0] + 1 == len(rows)
+    taken: NDArray[Any] = X[rows[0] : rows[-1] + 1] if together else X[rows]
+    return taken
 
 
 def _json_able(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,10 @@ few rows decide; k nearest neighbours by accuracy, since their votes are not pro
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,9 @@ from featcache.evaluate.splits import Folds
 from featcache.heads import HeadKind, build_head
 from featcache.heads.temperature import fit_temperature
 from featcache.progress import Progress, SilentProgress
+
+if TYPE_CHECKING:
+    from featcache.heads.base import Head
 
 MAX_EXTENSIONS = 8  # candidates a grid may grow by
 
@@ -51,6 +55,8 @@ class Selection:
     criterion: str
     n_folds: int
     notes: tuple[str, ...] = ()
+    refit: Callable[[Mapping[str, Any]], Head] | None = field(default=None, compare=False, repr=False)
+    """Fits the head on all rows with these parameters, from what the search holds; None: fit it as usual."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -98,6 +104,7 @@ def select(
         criterion=kind.criterion,
         n_folds=folds.n_folds,
         notes=search.notes(best),
+        refit=search.path.fit if search.path else None,
     )
 
 
@@ -118,6 +125,8 @@ class _Search:
         self.X, self.y, self.folds, self.seed, self.progress = X, y, folds, seed, progress
         self.n_classes = int(y.max()) + 1
         self.found: dict[float, _Scored] = {}
+        with self._one_line():
+            self.path = self._head().start_search(X, y, fold=folds.fold, n_folds=folds.n_folds, name=searched)
 
     def run(self) -> _Scored:
         """Score the grid, and what it grows by, and return the best."""
@@ -165,8 +174,25 @@ class _Search:
         return value / self.kind.factor if value == values[0] else value * self.kind.factor
 
     def _score(self, values: Sequence[float]) -> None:
-        """Fit every value on every fold's training rows and score the rows it holds out."""
+        """Score every value on the rows that each fold holds out, by heads fitted without them."""
+        with self._one_line():
+            for value, table in zip(values, self._tables(values), strict=True):
+                self.found[value] = self._judge(value, table)
+
+    def _tables(self, values: Sequence[float]) -> Iterator[NDArray[Any]]:
+        """The scores (N, K) of each value."""
         label = f"choosing {self.searched}" if self.searched else "calibrating"
+        if self.path is None:
+            yield from self._fold_by_fold(values, label)
+            return
+        self.progress.start(label, total=len(values), unit="candidates")
+        for table in self.path.scores(values):
+            self.progress.advance(1)
+            yield table
+        self.progress.finish()
+
+    def _fold_by_fold(self, values: Sequence[float], label: str) -> NDArray[np.float64]:
+        """(V, N, K), of a head fitted anew for every fold."""
         self.progress.start(label, total=self.folds.n_folds, unit="folds")
         shape = (len(values), len(self.y), self.n_classes)
         scores = np.full(shape, -np.inf)  # a class that a fold does not know stays at -inf
@@ -178,23 +204,29 @@ class _Search:
                 scores[index][columns] = head.column_scores(self.X[held])
             self.progress.advance(1)
         self.progress.finish()
-        for value, table in zip(values, scores, strict=True):
-            self.found[value] = self._judge(value, table)
+        return scores
 
-    def _fit_fold(self, rows: NDArray[np.bool_], values: Sequence[float]) -> list[Any]:
-        head = build_head(self.name, {**self.kind.search_params, **self.params}, seed=self.seed)
+    def _head(self) -> Head:
+        return build_head(self.name, {**self.kind.search_params, **self.params}, seed=self.seed)
+
+    def _fit_fold(self, rows: NDArray[np.bool_], values: Sequence[float]) -> Sequence[Head]:
         X, y = self.X[rows], self.y[rows]
+        if self.searched is None:
+            return [self._head().fit(X, y)]
+        return self._head().fit_path(X, y, name=self.searched, values=values)
+
+    @contextmanager
+    def _one_line(self) -> Iterator[None]:
+        """What scikit-learn says of parameters and features that do not go together, as one line."""
         try:
-            if self.searched is None:
-                return [head.fit(X, y)]
-            return head.fit_path(X, y, name=self.searched, values=values)
+            yield
         except ValueError as error:
             raise HeadError(f"{self.name} cannot be fitted: {error}") from error
 
-    def _judge(self, value: float, scores: NDArray[np.float64]) -> _Scored:
+    def _judge(self, value: float, scores: NDArray[Any]) -> _Scored:
         """Scores of every held-out row, (N, K), to means and standard errors over the folds."""
         held = self.folds.held_out
-        scores, y, fold = scores[held], self.y[held], self.folds.fold[held]
+        scores, y, fold = scores[held].astype(np.float64), self.y[held], self.folds.fold[held]
         temperature = self.params.get("temperature", 1.0)
         if self.kind.calibrated and "temperature" not in self.params:
             temperature = fit_temperature(scores, y)

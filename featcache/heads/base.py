@@ -15,6 +15,8 @@ from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 
+from featcache.heads.path import PathSearch
+
 try:
     from sklearn.utils.validation import validate_data
 except ImportError:  # scikit-learn 1.5 has it as a method
@@ -23,6 +25,7 @@ except ImportError:  # scikit-learn 1.5 has it as a method
         return estimator._validate_data(X, **options)
 
 
+CHUNK_VALUES = 4_000_000  # values converted to float64 at a time: 32 MB
 FLOATS = (np.float64, np.float32, np.float16)  # kept as they come; anything else becomes float64
 
 
@@ -48,6 +51,16 @@ class Head(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-lear
         Heads that can share work between the values override this.
         """
         return [clone(self).set_params(**{name: value}).fit(X, y) for value in values]
+
+    def start_search(
+        self, X: ArrayLike, y: ArrayLike, *, fold: NDArray[np.intp], n_folds: int, name: str | None
+    ) -> PathSearch | None:
+        """Cross-validation that shares work between folds and values, or None, and then `fit_path` is used.
+
+        fold: (n_samples,), the fold that holds a row out, below 0 for rows that are always fitted on. name:
+        the parameter whose values will be asked for, None for a head fitted as it is.
+        """
+        return None
 
     def column_scores(self, X: NDArray[Any]) -> NDArray[np.float64]:
         """Scores of shape (n_samples, n_classes), not yet divided by the temperature."""
@@ -120,7 +133,11 @@ class LinearHead(Head):
     intercept_: NDArray[np.float64]
 
     def column_scores(self, X: NDArray[Any]) -> NDArray[np.float64]:
-        scores: NDArray[np.float64] = X.astype(np.float64) @ self.coef_.T + self.intercept_
+        scores = np.empty((len(X), len(self.coef_)))
+        step = max(CHUNK_VALUES // max(X.shape[1], 1), 1)
+        for start in range(0, len(X), step):
+            rows = X[start : start + step].astype(np.float64)
+            scores[start : start + step] = rows @ self.coef_.T + self.intercept_
         return scores
 
     def as_linear(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

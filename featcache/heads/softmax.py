@@ -1,0 +1,157 @@
+"""The log-loss of many softmax regressions in one read of the rows. Knows no penalty, solver or file.
+
+A problem is a fold and a strength; problems differ in which rows they are fitted on and share the rows
+themselves, so that one wide matrix product serves all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featcache.heads.threads import in_threads, n_threads
+
+TILE_VALUES = 4_000_000  # logits a thread holds at a time: 16 MB
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Block:
+    """Some rows (n, R), their places among all rows, their classes (n,), and which folds fit on them (F,)."""
+
+    rows: NDArray[Any]
+    index: NDArray[np.intp]
+    codes: NDArray[np.intp]
+    fitted: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Affine:
+    """How the features of each fold come from the rows: (row - mean[fold]) / scale[fold], both (F, R)."""
+
+    mean: NDArray[np.float64]
+    scale: NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DataTerm:
+    """Sums over the rows of each problem, for weights (J, K, R) on its fold's features and bias (J, K)."""
+
+    loss: NDArray[np.float64]  # (J,)
+    weights: NDArray[np.float64]  # gradient, (J, K, R)
+    bias: NDArray[np.float64]  # gradient, (J, K)
+    variance: NDArray[np.float64]  # sum of p (1 - p), (J, K)
+
+
+class SoftmaxRows:
+    """Rows in blocks, each read (and made, if need be) by one of as many threads as there are processors.
+
+    blocks: functions that give some blocks each. Which thread takes which is fixed, and so are all sums.
+    """
+
+    def __init__(
+        self, blocks: Sequence[Callable[[], Iterator[Block]]], *, affine: Affine, n_classes: int
+    ) -> None:
+        self.blocks, self.affine, self.n_classes = blocks, affine, n_classes
+
+    def evaluate(
+        self, fold: NDArray[np.intp], weights: NDArray[np.float64], bias: NDArray[np.float64]
+    ) -> DataTerm:
+        """The log-loss of the problems of these folds, (J,), with its gradient."""
+        J, K, R = weights.shape
+        on_rows, offset = self._on_rows(fold, weights, bias)
+        parts = self._map(lambda block, total: _add(block, fold, on_rows, offset, total), (J, K, R))
+        loss, slope, sums, variance = (sum(part[i] for part in parts) for i in range(4))
+        mean, scale = self.affine.mean[fold][:, None], self.affine.scale[fold][:, None]
+        gradient = (slope.transpose(1, 0, 2) - sums.T[..., None] * mean) / scale
+        return DataTerm(loss=loss, weights=gradient, bias=sums.T.copy(), variance=variance.T.copy())
+
+    def scores(
+        self, fold: int, weights: NDArray[np.float64], bias: NDArray[np.float64], out: NDArray[Any]
+    ) -> None:
+        """Write the scores of V models of one fold, (V, K, R) and (V, K), on the rows it is not fitted on.
+
+        out: (V, n_samples, K).
+        """
+        folds = np.full(len(weights), fold)
+        on_rows, offset = self._on_rows(folds, weights, bias)
+        wide = on_rows.reshape(-1, on_rows.shape[2])
+
+        def write(block: Block, _: Any) -> None:
+            if not block.fitted[fold]:
+                logits = (wide.astype(block.rows.dtype) @ block.rows.T).reshape(
+                    *offset.shape, -1
+                )  # (K, V, n)
+                out[:, block.index] = (logits + offset[..., None]).transpose(1, 2, 0)
+
+        self._map(write, None)
+
+    def _on_rows(
+        self, fold: NDArray[np.intp], weights: NDArray[np.float64], bias: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The models as they act on the rows themselves, classes first: (K, J, R) and (K, J)."""
+        on_rows = weights / self.affine.scale[fold][:, None]
+        offset = bias - np.einsum("jkr,jr->jk", on_rows, self.affine.mean[fold])
+        return np.ascontiguousarray(on_rows.transpose(1, 0, 2)), offset.T
+
+    def _map(self, work: Callable[[Block, Any], None], shape: tuple[int, int, int] | None) -> list[Any]:
+        """`work` on every block with the totals of its thread; the totals of all threads."""
+        threads = min(n_threads(), len(self.blocks))
+
+        def run(first: int) -> Any:
+            total = _zeros(shape) if shape else None
+            for make in self.blocks[first::threads]:
+                for block in make():
+                    work(block, total)
+            return total
+
+        return in_threads(run, range(threads))
+
+
+def _zeros(shape: tuple[int, int, int]) -> tuple[NDArray[np.float64], ...]:
+    J, K, R = shape
+    return np.zeros(J), np.zeros((K, J, R)), np.zeros((K, J)), np.zeros((K, J))
+
+
+def _add(
+    block: Block,
+    fold: NDArray[np.intp],
+    on_rows: NDArray[np.float64],
+    offset: NDArray[np.float64],
+    total: tuple[NDArray[np.float64], ...],
+) -> None:
+    """Add to `total` what the rows of a block are to the problems that are fitted on them."""
+    use = np.flatnonzero(block.fitted[fold])
+    if not len(use):
+        return
+    everything = len(use) == len(fold)
+    K, dtype = len(on_rows), block.rows.dtype
+    wide = (on_rows if everything else on_rows[:, use]).astype(dtype).reshape(-1, on_rows.shape[2])
+    shift = (offset if everything else offset[:, use]).astype(dtype)[..., None]
+    step = max(TILE_VALUES // len(wide), 64)
+    loss, sums, squares = np.zeros(len(use)), np.zeros((K, len(use))), np.zeros((K, len(use)))
+    slope: Any = 0
+    for start in range(0, len(block.codes), step):
+        rows, codes = block.rows[start : start + step], block.codes[start : start + step]
+        each = np.arange(len(codes))
+        p = (wide @ rows.T).reshape(K, len(use), -1)  # (K, J, n)
+        p += shift
+        p -= p.max(axis=0)
+        true = p[codes, :, each]  # (n, J)
+        np.exp(p, out=p)
+        norm = p.sum(axis=0)
+        loss += np.log(norm).sum(axis=1, dtype=np.float64) - true.sum(axis=0, dtype=np.float64)
+        p /= norm
+        squares += np.einsum("kjn,kjn->kj", p, p)
+        sums += p.sum(axis=2, dtype=np.float64)
+        p[codes, :, each] -= 1
+        slope = slope + p.reshape(len(wide), -1) @ rows
+    counts = np.bincount(block.codes, minlength=K)[:, None]
+    where: Any = slice(None) if everything else use
+    total[0][where] += loss
+    total[1][:, where] += slope.reshape(K, len(use), -1)
+    total[2][:, where] += sums - counts
+    total[3][:, where] += sums - squares

@@ -1,0 +1,49 @@
+"""Work spread over the processors, each with one thread of the matrix library, so that none waits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeVar
+
+from threadpoolctl import threadpool_limits
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def n_threads() -> int:
+    """The processors that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        return os.cpu_count() or 1
+
+
+_single = ContextVar("single", default=False)
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """No threads of the matrix library inside; where that is so already, this costs nothing."""
+    if _single.get():
+        yield
+        return
+    token = _single.set(True)
+    try:
+        with threadpool_limits(limits=1, user_api="blas"):
+            yield
+    finally:
+        _single.reset(token)
+
+
+def in_threads(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """`work` of every item, in order."""
+    threads = min(n_threads(), len(items))
+    if threads <= 1:
+        return [work(item) for item in items]
+    with one_blas_thread(), ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, items))
