@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-_RECORDED = ("featcache", "torch", "torchvision", "timm", "numpy", "pillow", "h5py", "scikit-learn")
+_RECORDED = (
+    *("featcache", "torch", "torchvision", "timm", "onnx", "onnxruntime"),
+    *("numpy", "pillow", "h5py", "scikit-learn"),
+)
 # A change of these may change what a backbone's name or seed stands for.
 _DECIDING = ("featcache", "torch", "torchvision", "timm")
 

@@ -1,10 +1,13 @@
-"""Images per second of the torch engine on the CPU, by batch size and with freed memory kept or not.
+"""Images per second of the forward pass on the CPU. Seeded random weights, pixels in memory.
 
-    python scripts/bench_engine.py [--rounds 5] [--backbone efficientnet_lite0 --backbone resnet18]
+    python scripts/bench_engine.py engines [--rounds 7] [--backbone resnet50] [--batch-size 8]
+    python scripts/bench_engine.py memory [--rounds 5] [--backbone efficientnet_lite0]
 
-The baseline is the same engine with the allocator's default behaviour (the C library gives freed activations
-back to the system). The two take turns in processes of their own, since the setting is a process's; the table
-has the median over the rounds and the ratio round by round. Seeded random weights, pixels in memory.
+`engines`: every engine installed here, taking turns in one process after a comparison with the eager one.
+`memory`: the eager engine by batch size, with freed memory kept, or given back to the system as the C library
+does by default; the two take turns in processes of their own, since the setting is a process's.
+
+The tables have the median over the rounds, and the median and range of the ratio round by round.
 """
 
 from __future__ import annotations
@@ -17,25 +20,96 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from featcache.engines import Engine
+
+BACKBONES = {
+    "engines": ("efficientnet_lite0", "resnet18", "resnet50"),
+    "memory": ("efficientnet_lite0", "resnet18"),
+}
 BATCH_SIZES = (4, 8, 16, 32)
+TURN_SECONDS = 1.0
 
 
-def measure(backbone: str, *, keep: bool) -> dict[str, float]:
+@dataclass
+class Made:
+    """An engine, what it took to make it, and how far it is from the eager one."""
+
+    engine: Engine
+    seconds: float
+    cosine: float
+    speeds: list[float] = field(default_factory=list)
+
+
+def make_all(backbone: str, *, batch_size: int | None) -> list[Made]:
+    from featcache.backbones import load_backbone
+    from featcache.engines import DEFAULT_ENGINE, make_engine, other_engines
+    from featcache.engines.agreement import compare_engines, probe_pixels
+
+    loaded = load_backbone(backbone, weights="random")
+    pixels = probe_pixels(loaded.preprocessing.crop_size, None)
+    made: list[Made] = []
+    for name in (DEFAULT_ENGINE, *other_engines()):
+        begun = time.perf_counter()
+        engine = make_engine(loaded, device="cpu", batch_size=batch_size, engine=name)
+        seconds = time.perf_counter() - begun
+        reference = made[0].engine if made else engine
+        made.append(Made(engine, seconds, compare_engines(engine, reference, pixels).cosine))
+    return made
+
+
+def take_turn(engine: Engine, *, size: int) -> float:
+    """Images per second over about a second, the first batch not counted."""
+    from featcache.engines.agreement import noise
+
+    pixels = noise(engine.batch_size, size)
+    engine.embed(pixels)
+    begun, batches = time.perf_counter(), 0
+    while not batches or time.perf_counter() - begun < TURN_SECONDS:
+        engine.embed(pixels)
+        batches += 1
+    return batches * engine.batch_size / (time.perf_counter() - begun)
+
+
+def compare(backbone: str, *, rounds: int, batch_size: int | None) -> None:
+    from featcache.backbones import load_backbone
+
+    size = load_backbone(backbone, weights="random").preprocessing.crop_size
+    engines = make_all(backbone, batch_size=batch_size)
+    for _ in range(rounds):
+        for made in engines:
+            made.speeds.append(take_turn(made.engine, size=size))
+    for made in engines:
+        print(
+            f"{backbone:20} {made.engine.name:12} {made.engine.batch_size:>5} {made.seconds:>7.1f} "
+            f"{made.cosine:>10.7f} {statistics.median(made.speeds):>9.1f} "
+            f"({min(made.speeds):.0f}-{max(made.speeds):.0f}) {ratio(engines[0].speeds, made.speeds)}",
+            flush=True,
+        )
+
+
+def ratio(base: Sequence[float], other: Sequence[float]) -> str:
+    ratios = sorted(b / a for a, b in zip(base, other, strict=True))
+    return f"{statistics.median(ratios):>6.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
+
+
+def measure_memory(backbone: str, *, keep: bool) -> dict[str, float]:
     """{batch size: images per second}, in this process."""
-    import numpy as np
-
     from featcache.backbones import load_backbone
     from featcache.engines import make_engine, torch_eager
+    from featcache.engines.agreement import noise
 
     if not keep:
         torch_eager.keep_freed_memory = lambda: None
     loaded = load_backbone(backbone, weights="random")
-    size = loaded.preprocessing.crop_size
     speeds = {}
     for batch_size in BATCH_SIZES:
         engine = make_engine(loaded, device="cpu", batch_size=batch_size)
-        pixels = np.random.default_rng(0).integers(0, 256, (batch_size, size, size, 3), dtype=np.uint8)
+        pixels = noise(batch_size, loaded.preprocessing.crop_size)
         engine.embed(pixels)
         seconds = []
         for _ in range(max(3, 64 // batch_size)):
@@ -47,35 +121,46 @@ def measure(backbone: str, *, keep: bool) -> dict[str, float]:
 
 
 def measure_apart(backbone: str, *, keep: bool) -> dict[str, float]:
-    command = [sys.executable, __file__, "--child", backbone, *(["--keep"] if keep else [])]
+    command = [sys.executable, __file__, "memory", "--child", backbone, *(["--keep"] if keep else [])]
     speeds: dict[str, float] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
     return speeds
 
 
+def compare_memory(backbone: str, *, rounds: int) -> None:
+    both = [(measure_apart(backbone, keep=False), measure_apart(backbone, keep=True)) for _ in range(rounds)]
+    for batch in map(str, BATCH_SIZES):
+        plain, kept = [a[batch] for a, _ in both], [b[batch] for _, b in both]
+        medians = f"{statistics.median(plain):>9.1f} {statistics.median(kept):>9.1f}"
+        print(f"{backbone:20} {batch:>5} {medians} {ratio(plain, kept)}", flush=True)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=BACKBONES)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--backbone", action="append")
+    parser.add_argument("--batch-size", type=int, help="of engines; by default each its own")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--keep", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(measure(options.child, keep=options.keep)))
+        print(json.dumps(measure_memory(options.child, keep=options.keep)))
         return
-    print(f"{platform.machine()}, {os.cpu_count()} processors, {options.rounds} rounds")
-    print(f"{'backbone':20} {'batch':>5} {'default':>9} {'kept':>9} {'ratio':>18}")
-    for backbone in options.backbone or ["efficientnet_lite0", "resnet18"]:
-        rounds = [
-            (measure_apart(backbone, keep=False), measure_apart(backbone, keep=True))
-            for _ in range(options.rounds)
-        ]
-        for batch in map(str, BATCH_SIZES):
-            plain, kept = [a[batch] for a, _ in rounds], [b[batch] for _, b in rounds]
-            ratios = sorted(b / a for a, b in zip(plain, kept, strict=True))
-            print(
-                f"{backbone:20} {batch:>5} {statistics.median(plain):>9.1f} {statistics.median(kept):>9.1f} "
-                f"{statistics.median(ratios):>6.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
-            )
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    print(f"{platform.machine()}, {os.cpu_count()} processors, {options.rounds} rounds, load {load}")
+    if options.what == "engines":
+        print(
+            f"{'backbone':20} {'engine':12} {'batch':>5} {'made, s':>7} {'cosine':>10} {'images/s':>9} ratio"
+        )
+    else:
+        print(f"{'backbone':20} {'batch':>5} {'default':>9} {'kept':>9} {'ratio':>18}")
+    for backbone in options.backbone or BACKBONES[options.what]:
+        if options.what == "engines":
+            compare(backbone, rounds=options.rounds, batch_size=options.batch_size)
+        else:
+            compare_memory(backbone, rounds=options.rounds)
 
 
 if __name__ == "__main__":

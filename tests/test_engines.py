@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,9 @@ from torchvision import models
 from torchvision.transforms._presets import ImageClassification
 
 from featcache.backbones import Backbone, load_backbone, make_backbone
-from featcache.engines import ENGINES, make_engine
+from featcache.cli import main
+from featcache.engines import AUTO, ENGINES, make_engine, other_engines
+from featcache.engines.agreement import LOWEST_COSINE, compare_engines
 from featcache.errors import DeviceError
 from featcache.spec import Preprocessing
 
@@ -44,6 +47,8 @@ def small(name: str, *, size: int, weights: str | None = "random") -> Backbone:
 @pytest.fixture(params=list(ENGINES))
 def engine_name(request: pytest.FixtureRequest) -> str:
     name: str = request.param
+    for library in ENGINES[name].needs:
+        pytest.importorskip(library)
     return name
 
 
@@ -102,14 +107,58 @@ def test_a_vector_does_not_depend_on_neighbours_place_or_filling(
     np.testing.assert_array_equal(engine.embed(images[1:3])["penultimate"], together[1:3])
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "nodes"),
+    [
+        ("resnet18", 64, ("penultimate", "layer2:max", "layer3")),
+        ("efficientnet_lite0", 64, ("penultimate",)),
+        ("swin_t", 64, ("penultimate", "features.1:max")),  # channels last, attention in windows
+        ("vit_b_32", 224, ("penultimate", "encoder.layers.encoder_layer_1:avg")),
+    ],
+)
+def test_every_engine_agrees_with_the_eager_one(
+    engine_name: str, name: str, size: int, nodes: tuple[str, ...]
+) -> None:
+    backbone = small(name, size=size)
+    reference = make_engine(backbone, nodes=nodes, batch_size=4)
+    engine = make_engine(backbone, nodes=nodes, batch_size=3, engine=engine_name)
+    images = pixels(5, size)
+    agreement = compare_engines(engine, reference, images)
+    assert agreement.passed
+    for key in [node.key for node in engine.nodes]:
+        ours = np.concatenate([engine.embed(part)[key] for part in (images[:3], images[3:])])
+        theirs = np.concatenate([reference.embed(part)[key] for part in (images[:4], images[4:])])
+        # Measured: 2e-6 of the largest value; LOWEST_COSINE is what is promised.
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * np.abs(theirs).max())
+        cosines = (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
+        assert cosines.min() >= LOWEST_COSINE
+
+
+def test_an_engine_is_made_without_a_word(
+    engine_name: str, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    """Exporters have much to say."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_engine(small("resnet18", size=32), batch_size=2, engine=engine_name).embed(pixels(1, 32))
+    assert capfd.readouterr() == ("", "")
+    assert not recwarn.list
+
+
+def test_making_an_engine_leaves_attention_as_fast_as_it_was(engine_name: str) -> None:
+    before = torch.backends.mha.get_fastpath_enabled()
+    make_engine(load_backbone(TOY), batch_size=1, engine=engine_name)
+    assert torch.backends.mha.get_fastpath_enabled() == before
+
+
 @pytest.mark.parametrize("name", ["resnet18", "efficientnet_lite0"])
-def test_another_batch_size_changes_a_vector_by_rounding_alone(name: str) -> None:
+def test_another_batch_size_changes_a_vector_by_rounding_alone(engine_name: str, name: str) -> None:
     backbone = small(name, size=64)
     images = pixels(7, 64)
     vectors = [
         np.concatenate([engine.embed(images[i : i + size])["penultimate"] for i in range(0, 7, size)])
         for size in (1, 7, 32)
-        for engine in [make_engine(backbone, batch_size=size)]
+        for engine in [make_engine(backbone, batch_size=size, engine=engine_name)]
     ]
     for other in vectors[1:]:
         # Measured: 1e-6 of the largest value; kernels chosen by the batch's shape add in another order.
@@ -134,9 +183,10 @@ def test_head_on_features_equals_the_frozen_network_with_a_new_last_layer() -> N
     np.testing.assert_allclose(features @ W.T + b, expected, atol=1e-5)
 
 
-def test_batch_norm_statistics_stay_even_if_someone_trains_the_module() -> None:
+def test_batch_norm_statistics_stay_even_if_someone_trains_the_module(engine_name: str) -> None:
     backbone = small("resnet18", size=32)
-    engine = make_engine(backbone, nodes=("penultimate", "layer1"), batch_size=4)
+    nodes = ("penultimate", "layer1")
+    engine = make_engine(backbone, nodes=nodes, batch_size=4, engine=engine_name)
     before = {key: value.clone() for key, value in backbone.module.state_dict().items()}
     first = engine.embed(pixels(4, 32))
     backbone.module.train()
@@ -146,8 +196,9 @@ def test_batch_norm_statistics_stay_even_if_someone_trains_the_module() -> None:
         np.testing.assert_array_equal(first[key], second[key])
 
 
-def test_several_nodes_come_back_in_the_order_asked_for() -> None:
-    engine = make_engine(small("resnet18", size=32), nodes=("layer2:max", "penultimate"), batch_size=2)
+def test_several_nodes_come_back_in_the_order_asked_for(engine_name: str) -> None:
+    nodes = ("layer2:max", "penultimate")
+    engine = make_engine(small("resnet18", size=32), nodes=nodes, batch_size=2, engine=engine_name)
     found = engine.embed(pixels(2, 32))
     assert list(found) == [node.key for node in engine.nodes] == ["layer2:max", "penultimate"]
     assert [found[node.key].shape for node in engine.nodes] == [(2, 128), (2, 512)]
@@ -178,7 +229,7 @@ def test_an_engine_describes_itself(engine_name: str) -> None:
         ({"device": "cuda:99"}, "this machine has no cuda:99: pass --device auto"),
         ({"device": "meta"}, "this machine has no meta"),
         ({"precision": "int8"}, "no precision 'int8'; there are float32, bfloat16, float16"),
-        ({"engine": "steam"}, "no engine 'steam'; there are torch-eager"),
+        ({"engine": "steam"}, "no engine 'steam'; there are torch-eager, onnx"),
     ],
 )
 def test_what_the_machine_has_not_is_one_line(options: dict[str, Any], said: str) -> None:
@@ -196,8 +247,8 @@ def test_what_the_machine_has_not_is_one_line(options: dict[str, Any], said: str
         (pixels(2)[0], "uint8 of shape"),
     ],
 )
-def test_wrong_pixels_are_a_mistake_of_the_caller(images: np.ndarray, said: str) -> None:
-    engine = make_engine(load_backbone(TOY), batch_size=4)
+def test_wrong_pixels_are_a_mistake_of_the_caller(engine_name: str, images: np.ndarray, said: str) -> None:
+    engine = make_engine(load_backbone(TOY), batch_size=4, engine=engine_name)
     with pytest.raises(ValueError, match=said):
         engine.embed(images)
 
@@ -207,9 +258,74 @@ def test_a_batch_size_below_one_is_a_mistake_of_the_caller() -> None:
         make_engine(load_backbone(TOY), batch_size=0)
 
 
-def test_read_only_pixels_are_left_as_they_are() -> None:
+def test_read_only_pixels_are_left_as_they_are(engine_name: str) -> None:
     images = pixels(4)
     images.flags.writeable = False
     before = images.copy()
-    make_engine(load_backbone(TOY), batch_size=4).embed(images)
+    make_engine(load_backbone(TOY), batch_size=4, engine=engine_name).embed(images)
     np.testing.assert_array_equal(images, before)
+
+
+def test_the_command_line_offers_every_engine() -> None:
+    (option,) = [option for option in main.commands["embed"].params if option.name == "engine"]
+    assert list(option.type.choices) == [AUTO, *ENGINES]  # type: ignore[attr-defined]
+    assert option.default == AUTO
+
+
+def test_an_engine_whose_library_is_not_installed_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("featcache.engines.find_spec", lambda name: None)
+    assert other_engines() == ()
+    with pytest.raises(DeviceError, match=r"needs onnx and onnxruntime, .*: pip install 'featcache\[onnx\]'"):
+        make_engine(load_backbone(TOY), engine="onnx")
+
+
+class Unexportable(nn.Module):
+    """ONNX has no singular values."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.linalg.svdvals(images.mean(1))  # (B, 3, S, S) -> (B, S)
+
+
+class TestOnnxRuntime:
+    """What only the engine that exports can meet."""
+
+    @pytest.fixture(autouse=True)
+    def _installed(self) -> None:
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnx")
+
+    @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+    def test_another_precision_is_one_line(self, precision: Any) -> None:
+        with pytest.raises(DeviceError, match=f"computes in float32, not in {precision}"):
+            make_engine(load_backbone(TOY), engine="onnx", precision=precision)
+
+    def test_a_network_that_cannot_be_exported_is_one_line(self) -> None:
+        backbone = make_backbone(
+            Unexportable(), preprocessing=Preprocessing(resize_size=8, crop_size=8), name="odd"
+        )
+        make_engine(backbone, batch_size=2).embed(pixels(1))
+        with pytest.raises(DeviceError, match=r"cannot run odd \(.*svd.*\): pass another --engine") as raised:
+            make_engine(backbone, batch_size=2, engine="onnx")
+        assert len(str(raised.value).splitlines()) == 1
+
+    def test_a_network_larger_than_a_protobuf_is_not_even_exported(self) -> None:
+        with torch.device("meta"):
+            layer = nn.Linear(40_000, 20_000)
+
+        class Large(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.unused = layer
+
+            def forward(self, images: Tensor) -> Tensor:
+                return images.mean((2, 3))
+
+        toy = load_backbone(TOY)
+        with pytest.raises(DeviceError, match="too large"):
+            make_engine(replace(toy, module=Large()), batch_size=1, engine="onnx")
+
+    def test_it_uses_no_more_threads_than_torch(self) -> None:
+        engine: Any = make_engine(load_backbone(TOY), engine="onnx")
+        assert engine._session.get_session_options().intra_op_num_threads == torch.get_num_threads() == 1

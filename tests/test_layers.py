@@ -31,7 +31,7 @@ LAYERS = (
         "model",
     },
     {"images", "backbones", "store", "heads"},
-    {"spec", "records", "progress", "versions", "disk", "interrupts"},
+    {"spec", "records", "progress", "versions", "disk", "interrupts", "words"},
     {"errors"},
 )
 # The operations that build on other operations: {importer: imported}.
@@ -43,6 +43,8 @@ WITHIN_A_LAYER = {
 ROOMS = {
     "click": {"cli"},
     "h5py": {"store"},
+    "onnxruntime": {"engines"},
+    "onnx": {"engines"},
     "torchvision": {"backbones"},
     "timm": {"backbones"},
     "PIL": {"images"},

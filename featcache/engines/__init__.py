@@ -1,13 +1,15 @@
 """Engines: how the forward pass is run. Pixels in, feature vectors out; knows no files and no store.
 
-This module is the registry and imports no torch; an engine is one module with a function `make`.
+This module is the registry and imports no torch; an engine is one module with a function `make`, and a row.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +20,25 @@ from featcache.spec import PENULTIMATE, FeatureNode, Precision
 if TYPE_CHECKING:
     from featcache.backbones.backbone import Backbone
 
-DEFAULT_ENGINE = "torch-eager"
 
-# {name: module with `make`}
-ENGINES = {"torch-eager": "featcache.engines.torch_eager"}
+@dataclass(frozen=True, kw_only=True)
+class EngineRow:
+    """Where an engine is, and the libraries it needs beyond featcache's own: those of its extra."""
+
+    module: str
+    needs: tuple[str, ...] = ()
+    extra: str = ""
+
+
+DEFAULT_ENGINE = "torch-eager"  # the one the others must agree with
+AUTO = "auto"  # no engine: the fastest of them that proves itself
+
+ENGINES = {
+    DEFAULT_ENGINE: EngineRow(module="featcache.engines.torch_eager"),
+    "onnx": EngineRow(
+        module="featcache.engines.onnx_runtime", needs=("onnx", "onnxruntime"), extra="featcache[onnx]"
+    ),
+}
 
 
 class Engine(Protocol):
@@ -47,6 +64,32 @@ class Engine(Protocol):
         """{node key: (B, D)} of RGB images (B, S, S, 3), resized and cropped, 1 <= B <= batch_size."""
 
 
+def require_engine(name: str) -> EngineRow:
+    """The row of that name; `DeviceError` when there is none, or when a library that it needs is not here."""
+    row = ENGINES.get(name)
+    if row is None:
+        raise DeviceError(f"there is no engine {name!r}; there are {', '.join(ENGINES)}")
+    if missing := _missing_libraries(row):
+        raise DeviceError(
+            f"the engine {name} needs {' and '.join(missing)}, not installed here: pip install '{row.extra}'"
+        )
+    return row
+
+
+def other_engines() -> tuple[str, ...]:
+    """The engines besides the default one whose libraries are installed here."""
+    return tuple(
+        name for name, row in ENGINES.items() if name != DEFAULT_ENGINE and not _missing_libraries(row)
+    )
+
+
+def _missing_libraries(row: EngineRow) -> list[str]:
+    return [library for library in row.needs if find_spec(library) is None]
+
+
+MAX_BATCH_SIZE = 65_536
+
+
 def make_engine(
     backbone: Backbone,
     *,
@@ -61,13 +104,15 @@ def make_engine(
     device: "auto" takes CUDA, then Apple's MPS, then the CPU; otherwise a device in torch's words ("cuda:1").
     precision: the dtype of the network's arithmetic; vectors come back as float32 in any case.
     batch_size: images a forward pass; None for what suits the device.
-    Raises `DeviceError` for a device this machine has not, `UnknownNode` or `BackboneError` for the nodes.
+    Raises `DeviceError` for an engine that cannot be had here, or a device or precision that it cannot run;
+    `UnknownNode` or `BackboneError` for the nodes.
     """
-    if engine not in ENGINES:
-        raise DeviceError(f"there is no engine {engine!r}; there are {', '.join(ENGINES)}")
+    row = require_engine(engine)
+    if precision not in get_args(Precision):
+        raise DeviceError(f"there is no precision {precision!r}; there are {', '.join(get_args(Precision))}")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is at least 1, not {batch_size}")
-    module = importlib.import_module(ENGINES[engine])
+    module = importlib.import_module(row.module)
     made: Engine = module.make(
         backbone, nodes=nodes, device=device, precision=precision, batch_size=batch_size
     )

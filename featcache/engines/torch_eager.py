@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import get_args
 
 import numpy as np
 import torch
@@ -14,7 +13,8 @@ from torch import Tensor
 
 from featcache.backbones.backbone import Backbone, freeze
 from featcache.backbones.nodes import Extractor, make_extractor
-from featcache.errors import DeviceError
+from featcache.engines.batch import checked_count, filled
+from featcache.engines.devices import device_words, find_device
 from featcache.spec import FeatureNode, Precision, Preprocessing
 
 NAME = "torch-eager"
@@ -60,32 +60,20 @@ class TorchEager:
 
     @property
     def device(self) -> str:
-        if self._device.type != "cuda":
-            return self._device.type
-        return f"{self._device} ({torch.cuda.get_device_name(self._device)})"
+        return device_words(self._device)
 
     def embed(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """{node key: float32 ndarray (B, D)} of uint8 pixels (B, S, S, 3), 1 <= B <= batch_size."""
-        count = self._checked_count(pixels)
+        count = checked_count(pixels, size=self._size, batch_size=self._batch_size)
         # Someone may have called .train() on the backbone since: batch-norm statistics must not move.
         self._extractor.eval()
         with torch.inference_mode(), self._arithmetic():
             vectors = self._extractor(self._normalised(pixels))
             return {key: value[:count].cpu().numpy() for key, value in vectors.items()}
 
-    def _checked_count(self, pixels: NDArray[np.uint8]) -> int:
-        shape = (self._size, self._size, 3)
-        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != shape:
-            raise ValueError(f"pixels are uint8 of shape (B, {shape}), not {pixels.dtype} of {pixels.shape}")
-        if not 1 <= len(pixels) <= self._batch_size:
-            raise ValueError(f"a batch has 1 to {self._batch_size} images, not {len(pixels)}")
-        return len(pixels)
-
     def _normalised(self, pixels: NDArray[np.uint8]) -> Tensor:
         """(batch_size, 3, S, S), channels last in memory, bit for bit what torchvision's preset gives."""
-        if len(pixels) < self._batch_size:
-            missing = ((0, self._batch_size - len(pixels)), (0, 0), (0, 0), (0, 0))
-            pixels = np.pad(pixels, missing)
+        pixels = filled(pixels, batch_size=self._batch_size)
         images = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).to(self._device)
         scaled = images.permute(0, 3, 1, 2).float().div_(255)  # (B, 3, S, S)
         return scaled.sub_(self._mean).div_(self._std)
@@ -110,8 +98,6 @@ def make(
     batch_size: int | None,
 ) -> TorchEager:
     """What `make_engine` calls."""
-    if precision not in get_args(Precision):
-        raise DeviceError(f"there is no precision {precision!r}; there are {', '.join(get_args(Precision))}")
     found = find_device(device)
     if found.type == "cpu":
         keep_freed_memory()
@@ -134,25 +120,3 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(_M_MMAP_MAX, 0)
-
-
-def find_device(asked: str) -> torch.device:
-    """The device in torch's words, or the best there is for "auto"; `DeviceError` where it is absent."""
-    there = _devices()
-    if asked == "auto":
-        return torch.device(there[0])
-    try:
-        device = torch.device(asked)
-    except RuntimeError as error:
-        raise DeviceError(f"there is no device {asked!r}; this machine has {', '.join(there)}") from error
-    if device.type not in there or (
-        device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
-    ):
-        raise DeviceError(f"this machine has no {asked}: pass --device auto, or one of {', '.join(there)}")
-    return device
-
-
-def _devices() -> tuple[str, ...]:
-    """The kinds of device that can be used now, the fastest first."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    return tuple(kind for kind, available in there.items() if available)
