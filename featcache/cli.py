@@ -7,12 +7,14 @@ Exit codes: 0 done, 1 a known failure (one line on stderr), 2 wrong usage, 3 don
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
+from featcache.disk import keep_standard_streams
 from featcache.errors import FeatcacheError
 
 DONE_WITH_SKIPS = 3
@@ -30,8 +32,10 @@ class _Verbs(click.Group):
     """Turns what is known into one line and an exit code, once for all commands."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        keep_standard_streams()
         signal.signal(signal.SIGTERM, _terminate)
         try:
+            _require_folder()
             return super().invoke(ctx)
         except FeatcacheError as exc:
             _say_lines(f"Error: {exc}", exc)
@@ -44,12 +48,29 @@ class _Verbs(click.Group):
         return list(self.commands)
 
 
+def _require_folder() -> None:
+    try:
+        os.getcwd()
+    except OSError as exc:
+        raise FeatcacheError(
+            f"the current folder cannot be found ({exc.strerror}): go to another one."
+        ) from exc
+
+
 def _say_lines(first: str, exc: BaseException) -> None:
     click.echo("\n".join([first, *(f"  {note}" for note in getattr(exc, "__notes__", ()))]), err=True)
 
 
 def _emit(result: Any, *, as_json: bool) -> None:
-    click.echo(json.dumps(result.to_json(), allow_nan=False) if as_json else result.describe())
+    text = json.dumps(result.to_json(), allow_nan=False) if as_json else result.describe()
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        raise  # click ends quietly when nobody reads on
+    except OSError as exc:
+        raise FeatcacheError(
+            f"all is done, but the answer cannot be written: {exc.strerror}. Say where to with `> FILE`."
+        ) from exc
 
 
 json_option = click.option(
@@ -63,7 +84,7 @@ device_option = click.option(
     "--device", default="auto", show_default=True, metavar="DEVICE", help="auto, cpu, cuda, cuda:1 or mps."
 )
 batch_size_option = click.option(
-    "--batch-size", type=click.IntRange(1, 65536), help="Images in one forward pass; by default by device."
+    "--batch-size", type=click.IntRange(1, 65_536), help="Images in one forward pass; by default by device."
 )
 workers_option = click.option(
     "--workers", type=click.IntRange(1, 1024), help="Decoding threads; by default one a processor."
@@ -137,6 +158,10 @@ def main() -> None:
     "--store-dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True,
     help="Of the stored features.",
 )  # fmt: skip
+@click.option(
+    "--engine", type=click.Choice(["auto", "torch-eager", "onnx"]), default="auto", show_default=True,
+    help="What runs the backbone. auto: the store's own; for a new store the fastest that proves itself.",
+)  # fmt: skip
 @batch_size_option
 @workers_option
 @max_failures_option
@@ -185,7 +210,8 @@ def embed(ctx: click.Context, /, data: Path, *, as_json: bool, quiet: bool, **op
 def verify(ctx: click.Context, /, store: Path, *, as_json: bool, quiet: bool, **options: Any) -> None:
     """Compare every byte of STORE with its checksums, and with its images and backbone if asked to.
 
-    Exit code 1: something does not agree. Exit code 3: all agrees, but some rows are not embedded yet.
+    Exit code 1: something is damaged, or images or features are not what they were. Exit code 3: all agrees,
+    but some rows are not embedded yet.
     """
     from featcache.commands.verify import verify as run
     from featcache.images.decode import silence_pillow_warnings
@@ -271,6 +297,8 @@ def explain(store: Path, other: Path | None, *, as_json: bool, quiet: bool, **op
     featcache explain a.h5 b.h5                  which fields and rows differ
     featcache explain a.h5 --backbone resnet50   what that would change
     featcache explain a.h5 --data photos/        why each image would be reused or embedded
+
+    Exit code 0 whether or not anything differs.
     """
     from featcache.commands.explain import explain as run
     from featcache.images.decode import silence_pillow_warnings

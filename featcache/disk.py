@@ -78,6 +78,18 @@ def open_regular(path: Path) -> FileIO:
         raise
 
 
+def keep_standard_streams() -> None:
+    """Occupy the descriptors 0 to 2, should they be closed.
+
+    A file of ours would get their numbers, and what some library then writes to its stderr would land in it.
+    """
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
+
+
 def create_whole(path: Path, size: int, extents: Iterable[tuple[int, bytes]], *, temporary: Path) -> None:
     """Write a file of `size` bytes, zeros but for `extents` of (offset, bytes), then give it its name.
 

@@ -6,15 +6,20 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from featcache.images.paths import show_path
 from featcache.reuse import Reason
 from featcache.spec import show_value
+from featcache.words import plural, show_text
 
 SHOWN = 3  # ids named a reason; --json has all
 
 # {field: (what it is, what follows from a difference)}
 FIELDS = {
     "backbone": ("the network", "another network, so every feature differs"),
-    "weights_sha256": ("its weights, by their bytes", "other weights, so every feature differs"),
+    "weights_sha256": (
+        "its weights, by their bytes; with a backbone of your own, also the file of its code",
+        "other weights, or other code of a backbone of your own, so every feature differs",
+    ),
     "nodes": (
         "the outputs of the network that are kept, and how they are pooled",
         "other outputs of the network, so other features",
@@ -104,11 +109,11 @@ class RowStory:
     """One row: what is recorded of it, what its file is now, and what follows.
 
     recorded, now: facts by name; None where there is no such row or file. reason: a Reason's name, "REMOVED"
-    for a row whose image is no longer in the data.
+    for a row whose image is no longer in the data, None where the data is not there to be looked at.
     """
 
     path: str
-    reason: str
+    reason: str | None
     words: str
     known_as: str | None  # the row whose features it gets
     recorded: dict[str, Any] | None
@@ -154,7 +159,7 @@ def action_of(reason: Reason) -> str:
 
 def _spec_lines(explanation: Explanation) -> list[str]:
     width = max(map(len, explanation.spec))
-    lines = [f"{explanation.store}: fingerprint {explanation.fingerprint}, which is the sha256 of"]
+    lines = [f"{show_path(explanation.store)}: fingerprint {explanation.fingerprint}, which is the sha256 of"]
     for field, value in explanation.spec.items():
         lines.append(f"  {field:{width}}  {_shown(value)}  ({FIELDS[field][0]})")
     lines.append("recorded beside it, and not part of it:")
@@ -166,21 +171,24 @@ def _spec_lines(explanation: Explanation) -> list[str]:
 def _shown(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_shown(item)}" for key, item in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else show_value(value)
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_shown, value))
+    return show_text(show_value(value))
 
 
 def _difference_lines(explanation: Explanation) -> list[str]:
+    store, against = show_path(explanation.store), show_path(explanation.against or "")
     if not explanation.differences:
-        return [f"{explanation.store} and {explanation.against}: the same features"]
+        return [f"{store} and {against}: the same spec"]
     return [
-        f"{explanation.store} does not hold the features of {explanation.against}:",
+        f"{store} does not hold the features of {against}:",
         *(f"  {d.field}: {_shown(d.have)} -> {_shown(d.want)}: {d.words}" for d in explanation.differences),
     ]
 
 
 def _comparison_lines(rows: RowComparison) -> list[str]:
     named = (
-        (rows.same, "rows of the same path and bytes"),
+        (rows.same, "of the same path and bytes"),
         (rows.same_bytes, "of the same bytes under another path"),
         (rows.other_bytes, "of the same path and other bytes"),
         (rows.only_here, "only in the first"),
@@ -189,41 +197,47 @@ def _comparison_lines(rows: RowComparison) -> list[str]:
         (rows.not_sound_here, "of the first pending or damaged, and not compared"),
         (rows.not_sound_there, "of the second pending or damaged, and not compared"),
     )
-    return [f"  {count:,} {words}" for count, words in named if count]
+    return ["rows:", *(f"  {count:,} {words}" for count, words in named if count)]
 
 
 def _image_lines(images: ImageReasons) -> list[str]:
-    lines = [f"{images.images:,} images in {images.data}:"]
+    lines = [f"{plural(images.images, 'image')} in {show_path(images.data)}:"]
     for reason in Reason:
         ids = images.reasons.get(reason.name, ())
         if ids:
-            lines.append(f"  {len(ids):,} {action_of(reason)}: {reason.value} ({_first(ids)})")
+            lines.append(f"  {len(ids):,} {action_of(reason)} ({reason.value}): {_first(ids)}")
     if images.relabelled:
         lines.append(
-            f"  {len(images.relabelled):,} of the reused have another label or split "
-            f"({_first(images.relabelled)})"
+            f"  {len(images.relabelled):,} of the reused under another label or split: "
+            f"{_first(images.relabelled)}"
         )
     if images.removed:
-        lines.append(f"  {len(images.removed):,} rows removed: no longer there ({_first(images.removed)})")
+        lines.append(
+            f"  {plural(len(images.removed), 'row')} removed (no longer there): {_first(images.removed)}"
+        )
     return lines
 
 
 def _first(ids: Sequence[str]) -> str:
-    return ", ".join(ids[:SHOWN]) + (", …" if len(ids) > SHOWN else "")
+    return ", ".join(map(show_path, ids[:SHOWN])) + (", …" if len(ids) > SHOWN else "")
 
 
 def _story_lines(story: RowStory) -> list[str]:
-    lines = [f"{story.path}: {story.words}"]
-    if story.known_as not in (None, story.path):
-        lines.append(f"  known as {story.known_as}")
+    lines = [f"{show_path(story.path)}: {story.words}"]
+    if story.known_as is not None and story.known_as != story.path:
+        lines.append(f"  known as {show_path(story.known_as)}")
     recorded, now = story.recorded or {}, story.now or {}
     for name in dict.fromkeys([*recorded, *now]):
         if name not in now or name not in recorded:
-            lines.append(f"  {name}: {(recorded | now)[name]}{'' if name in recorded else ' now'}")
+            lines.append(f"  {name}: {_fact((recorded | now)[name])}{'' if name in recorded else ' now'}")
         elif recorded[name] == now[name]:
-            lines.append(f"  {name}: {recorded[name]}, then and now")
+            lines.append(f"  {name}: {_fact(recorded[name])}, then and now")
         else:
-            lines.append(f"  {name}: {recorded[name]} recorded, {now[name]} now")
-    if story.now is None:
+            lines.append(f"  {name}: {_fact(recorded[name])} recorded, {_fact(now[name])} now")
+    if story.now is None and story.reason is not None:
         lines.append("  the file is not there")
     return lines
+
+
+def _fact(value: object) -> str:
+    return "none" if value is None else show_text(str(value))

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.images.identity import ImageFailure
+from featcache.images.paths import show_path
 from featcache.pipeline import EmbeddedBatch, EmbeddedImage
-from featcache.records import FileStat, RowStatus
+from featcache.records import RowStatus
 from featcache.reuse import ReusePlan
 from featcache.store.reader import FeatureStore
 from featcache.store.writer import StoreWriter
@@ -65,6 +66,21 @@ class StoreFilling:
         """Whether rows were computed whose block is not written yet."""
         return bool(self._computed)
 
+    @property
+    def rows_at_risk(self) -> int:
+        """Rows that were computed and whose block is not written yet."""
+        return sum(self._count_computed(self.target.layout.rows_of(block)) for block in self._computed)
+
+    @property
+    def rows_to_finish(self) -> int:
+        """Rows still to be computed before the block in progress can be written."""
+        rows = (self.target.layout.rows_of(block) for block in list(self._computed)[:1])
+        return sum(int(np.count_nonzero(self.status[block] == RowStatus.PENDING)) for block in rows)
+
+    def _count_computed(self, rows: slice) -> int:
+        computed = (self.plan.origin_store[rows] < 0) & (self.status[rows] != RowStatus.PENDING)
+        return int(np.count_nonzero(computed))
+
     def write_next(self, writer: StoreWriter) -> bool:
         """Write the next block if all of its rows are known; whether it was written."""
         if not self._todo or self._has_pending(self._todo[0]):
@@ -93,14 +109,14 @@ class StoreFilling:
 
     def _note_outcome(self, row: int, outcome: EmbeddedImage | ImageFailure) -> None:
         digest = outcome.sha256 or bytes(32)
-        self._sources[row] = (np.frombuffer(digest, np.uint8), *_stat(outcome.stat))
+        self._sources[row] = (np.frombuffer(digest, np.uint8), *outcome.stat.as_tuple())
         if isinstance(outcome, ImageFailure):
             self.status[row] = outcome.status
             self.reasons[row] = outcome.reason
             return
         self.status[row] = RowStatus.OK
         if outcome.note:
-            self._frames.append(f"{self.plan.table.ids[row]}: {outcome.note}")
+            self._frames.append(f"{show_path(self.plan.table.ids[row])}: {outcome.note}")
 
     def _to_store_dtype(self, array: NDArray[np.float32], rows: NDArray[Any]) -> NDArray[Any]:
         """The batch as it is stored; rows that overflow or were never finite become NON_FINITE."""
@@ -131,7 +147,3 @@ class StoreFilling:
     def _length(self, block: int) -> int:
         rows = self.target.layout.rows_of(block)
         return int(rows.stop - rows.start)
-
-
-def _stat(stat: FileStat) -> tuple[int, int, int]:
-    return stat.size, stat.mtime_ns, stat.ctime_ns

@@ -47,8 +47,8 @@ def find_origin(
     recorded = recorded_origin(store) or {}
     if data is None and not recorded:
         raise DataError(
-            f"{store.path} does not say where its images are: pass --data DATA, the folder or CSV they were "
-            "embedded from."
+            f"{show_path(store.path)} does not say where its images are: pass --data DATA, the folder or CSV "
+            "they were embedded from."
         )
     if root is None and data is None:
         root = recorded.get("root")
@@ -58,10 +58,12 @@ def find_origin(
         follow_links=follows_links(store),
     )
     if not os.path.isdir(_root_of(origin)):
-        whose = "its images were" if data is None else "the images should be"
+        were, remedy = "were", "Pass where they are now as --data DATA."
+        if data is not None or root is not None:
+            were, remedy = "should be", "Give the folder they are in, or the CSV that lists them."
         raise DataError(
-            f"{store.path}: {whose} in {show_path(_root_of(origin))}, which is not there. "
-            "Pass where they are now as --data DATA."
+            f"{show_path(store.path)}: its images {were} in {show_path(_root_of(origin))}, which is not "
+            f"there. {remedy}"
         )
     return origin
 

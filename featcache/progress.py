@@ -142,7 +142,7 @@ class LogProgress:
 
 def make_progress(*, quiet: bool = False) -> Progress:
     """The progress that suits stderr: a bar on a terminal, lines otherwise, nothing when `quiet`."""
-    if quiet:
+    if quiet or sys.stderr is None:  # None: it was closed
         return SilentProgress()
     return TerminalProgress() if sys.stderr.isatty() else LogProgress()
 

@@ -31,14 +31,22 @@ class RowStatus(IntEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileStat:
-    """What the file system says of a file; equal stats mean the bytes need not be read again."""
+    """What the file system says of a file; equal stats mean the bytes need not be read again.
+
+    The inode tells two files apart that have all else in common and were exchanged by renaming their folders.
+    """
 
     size: int  # bytes, -1 where there is no file
     mtime_ns: int
     ctime_ns: int
+    inode: int
+
+    def as_tuple(self) -> tuple[int, int, int, int]:
+        """In the order of the columns of a store."""
+        return self.size, self.mtime_ns, self.ctime_ns, self.inode
 
 
-NO_FILE = FileStat(size=-1, mtime_ns=0, ctime_ns=0)
+NO_FILE = FileStat(size=-1, mtime_ns=0, ctime_ns=0, inode=0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,3 +67,4 @@ class Listing:
     records: tuple[ImageRecord, ...]
     classes: tuple[str, ...]  # sorted; the label of row i is classes.index(label)
     notes: tuple[str, ...] = ()
+    unlisted: tuple[str, ...] = ()  # beginnings of the paths of images that could not be looked for

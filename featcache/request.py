@@ -7,14 +7,17 @@ torch where the weights can be proven to be the recorded ones; the engine is mad
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 from featcache.backbones import Backbone, load_backbone, prove_weights
 from featcache.backbones.weights import RANDOM
-from featcache.engines import Engine, make_engine
-from featcache.errors import BackboneError, FeatcacheError, SpecMismatch, StoreError
+from featcache.engines import AUTO, DEFAULT_ENGINE, MAX_BATCH_SIZE, Engine, make_engine, other_engines
+from featcache.engines.agreement import Samples, compare_engines, probe_pixels
+from featcache.engines.choice import choose_engine
+from featcache.errors import BackboneError, DeviceError, FeatcacheError, SpecMismatch, StoreError
 from featcache.spec import FeatureSpec, Precision, StoreDtype, describe_differences, require_same_spec
 from featcache.store.reader import FeatureStore
 
@@ -52,7 +55,7 @@ class EmbedRequest:
 
 def absolute_weights(weights: str | None) -> str | None:
     """A weights file by its absolute path, so that a request means the same from every directory."""
-    return str(Path(weights).absolute()) if weights and weights != RANDOM else weights
+    return str(Path(weights).expanduser().absolute()) if weights and weights != RANDOM else weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +90,8 @@ class RecordedBackbone:
         if (
             not isinstance(request.get("backbone"), str)
             or not isinstance(seed, int)
+            or not 0 <= seed < 1 << 63
+            or isinstance(seed, bool)
             or not all(isinstance(text, str | None) for text in (asked, path))
         ):
             raise error(f"{where} does not say which backbone and weights it is of. Make it anew.")
@@ -147,16 +152,44 @@ class ReadyEngine:
 
     engine: Engine
     spec: FeatureSpec
-    weights: Mapping[str, Any]  # `WeightsIdentity` as a dict
+    backbone: Backbone
+    batch_size: int | None  # as asked for or recorded; None where it is the engine's own affair
+    why: Mapping[str, Any]  # it is this engine, for the provenance of a store
+    said: str = ""  # the same in words, where there was a choice
+
+    @property
+    def weights(self) -> Mapping[str, Any]:
+        """`WeightsIdentity` as a dict."""
+        return asdict(self.backbone.weights)
+
+    @property
+    def weights_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.backbone.module.state_dict().values())
+
+
+def recorded_batch_size(provenance: Mapping[str, Any]) -> int | None:
+    """Of a store's provenance, which may hold anything."""
+    recorded = provenance.get("batch_size")
+    return recorded if isinstance(recorded, int) and 1 <= recorded <= MAX_BATCH_SIZE else None
 
 
 class Embedder:
-    """A request on its way to features: its spec, and the engine that computes them once it is needed."""
+    """A request on its way to features: its spec, and the engine that computes them once it is needed.
 
-    def __init__(self, request: EmbedRequest, *, device: str = "auto", batch_size: int | None = None) -> None:
+    engine: the name of one, or "auto": that of the store to go on with, and for a new one the fastest.
+    """
+
+    def __init__(
+        self,
+        request: EmbedRequest,
+        *,
+        device: str = "auto",
+        batch_size: int | None = None,
+        engine: str = AUTO,
+    ) -> None:
         self.request = request
         self.ready: ReadyEngine | None = None
-        self._device, self._batch_size = device, batch_size
+        self._device, self._batch_size, self._engine = device, batch_size, engine
 
     @classmethod
     def of_store(
@@ -170,6 +203,7 @@ class Embedder:
     ) -> Self:
         """With the engine that computes rows of `store` as they were computed, and in the same batches.
 
+        Where the recorded engine cannot be had it is the default one, which agrees with it but for rounding.
         weights, allowed: see `RecordedBackbone.load`. Raises StoreError, BackboneError, DeviceError.
         """
         request = EmbedRequest.of_store(store)
@@ -183,6 +217,9 @@ class Embedder:
                 f"{store.path} holds {store.spec.backbone} features that are not computed here: {said}. "
                 "Use the library versions it was made with (`featcache info`), or embed to another --output."
             )
+        with suppress(DeviceError):
+            ready = embedder._switch(ready, str(store.provenance.get("engine")), None)
+        embedder._engine = ready.engine.name
         return embedder
 
     def settle_spec(self, stores: Sequence[FeatureStore], *, output: Path) -> tuple[FeatureSpec, str]:
@@ -198,12 +235,62 @@ class Embedder:
         _require_same(stores, spec, output=output)
         return spec, f"weights {spec.weights_sha256[:12]} loaded and compared"
 
-    def engine_for(self, target: FeatureStore, *, output: Path) -> ReadyEngine:
-        """The engine, made now if it was not yet, with the batch size `target` was begun with."""
-        if self.ready is None:
+    def choose_engine(self, *, images: int, samples: Samples) -> ReadyEngine:
+        """The engine asked for, or the fastest, for a new store in which so many images are to be embedded.
+
+        samples: some of them, for engines to prove themselves on.
+        """
+        ready = self.ready or self.load(batch_size=self._batch_size)
+        if self._engine != AUTO:
+            return self._switch(ready, self._engine, samples)
+        choice = choose_engine(
+            ready.engine,
+            names=other_engines() if self.request.precision == "float32" else (),
+            make=lambda name: self._make(ready.backbone, engine=name, batch_size=ready.batch_size),
+            images=images,
+            weights_bytes=ready.weights_bytes,
+            crop_size=ready.spec.preprocessing.crop_size,
+            samples=samples,
+        )
+        why = {"asked": AUTO, **choice.record}
+        self.ready = replace(ready, engine=choice.engine, why=why, said=choice.said)
+        return self.ready
+
+    def engine_for(
+        self, target: FeatureStore, *, output: Path, samples: Samples | None = None
+    ) -> ReadyEngine:
+        """The engine `target` was begun with, unless another was asked for, in batches of the same size."""
+        ready = self.ready
+        if ready is None:
             ready = self.load(batch_size=self._recorded_batch_size([target]))
             require_same_spec(target.spec, ready.spec, where=str(output))
-            return ready
+        if self._engine != AUTO:
+            return self._switch(ready, self._engine, samples)
+        recorded = target.provenance.get("engine")
+        try:
+            return self._switch(ready, recorded if isinstance(recorded, str) else DEFAULT_ENGINE, samples)
+        except DeviceError as error:
+            raise DeviceError(
+                f"{output} goes on with the engine it was begun with, and {error}. "
+                f"Or pass --engine {DEFAULT_ENGINE}: the last digits of its features may differ."
+            ) from error
+
+    def _switch(self, ready: ReadyEngine, name: str, samples: Samples | None) -> ReadyEngine:
+        """With the engine of that name in place of the one there is, once they are seen to agree."""
+        self.ready = replace(ready, why={"asked": self._engine, **ready.why})
+        if ready.engine.name == name:
+            return self.ready
+        engine = self._make(ready.backbone, engine=name, batch_size=ready.batch_size)
+        pixels = probe_pixels(ready.spec.preprocessing.crop_size, samples)
+        agreement = compare_engines(engine, ready.engine, pixels)
+        if not agreement.passed:
+            raise DeviceError(
+                f"the engine {name} does not compute here what {ready.engine.name} does "
+                f"({agreement.describe()}): pass another --engine"
+            )
+        why = {"asked": self._engine, "agreement": {name: agreement.to_json()}}
+        said = f"engine {name}; against {ready.engine.name} over {len(pixels)} images: {agreement.describe()}"
+        self.ready = replace(ready, engine=engine, why=why, said=said)
         return self.ready
 
     def load(self, *, batch_size: int | None = None) -> ReadyEngine:
@@ -213,14 +300,9 @@ class Embedder:
         return self._use(backbone, batch_size=batch_size)
 
     def _use(self, backbone: Backbone, *, batch_size: int | None) -> ReadyEngine:
+        """With the default engine, whose numbers are those the others must agree with."""
         request = self.request
-        engine = make_engine(
-            backbone,
-            nodes=request.nodes,
-            device=self._device,
-            precision=request.precision,
-            batch_size=batch_size,
-        )
+        engine = self._make(backbone, engine=DEFAULT_ENGINE, batch_size=batch_size)
         spec = FeatureSpec(
             backbone=backbone.name,
             weights_sha256=backbone.weights.sha256,
@@ -229,12 +311,23 @@ class Embedder:
             compute_dtype=request.precision,
             store_dtype=request.store_dtype,
         )
-        self.ready = ReadyEngine(engine=engine, spec=spec, weights=asdict(backbone.weights))
+        self.ready = ReadyEngine(
+            engine=engine, spec=spec, backbone=backbone, batch_size=batch_size, why={"asked": self._engine}
+        )
         return self.ready
 
+    def _make(self, backbone: Backbone, *, engine: str, batch_size: int | None) -> Engine:
+        return make_engine(
+            backbone,
+            nodes=self.request.nodes,
+            device=self._device,
+            precision=self.request.precision,
+            batch_size=batch_size,
+            engine=engine,
+        )
+
     def _recorded_batch_size(self, stores: Sequence[FeatureStore]) -> int | None:
-        recorded = stores[0].provenance.get("batch_size") if stores else None
-        return self._batch_size or (recorded if isinstance(recorded, int) and recorded > 0 else None)
+        return self._batch_size or (recorded_batch_size(stores[0].provenance) if stores else None)
 
     def _require_same_backbone(self, store: FeatureStore, *, output: Path) -> None:
         """Refuse another backbone by its name alone, before its weights are looked for."""

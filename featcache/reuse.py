@@ -1,14 +1,15 @@
 """Which rows of a data set are in the cache already: a listing joined to stores by identity, not position.
 
-A row is taken from a store when the file's path, size, mtime and ctime are the ones recorded, or else when
+A row is taken from a store when the file's path, size, times and inode are the ones recorded, or else when
 the sha256 of its bytes, read now, is: so that a touched, renamed, moved or copied image costs one read, and
-an edited one is computed anew. Damaged blocks offer nothing.
+an edited one is computed anew. Damaged blocks offer nothing, and a store with a broken seal knows its sound
+rows by those sha256 alone.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from featcache.images.identity import ImageFailure, hash_image
 from featcache.images.paths import resolve
 from featcache.records import FileStat, ImageRecord, Listing, RowStatus
-from featcache.store.layout import SOURCE_DTYPE, RowTable
+from featcache.store.layout import SOURCE_DTYPE, STAT_COLUMNS, RowTable
 from featcache.store.reader import FeatureStore
 
 # What became of these images is decided by their bytes alone; the other failures are tried again.
@@ -32,9 +33,10 @@ _DECIDED_BY_BYTES = (RowStatus.OK, RowStatus.UNDECODABLE, RowStatus.TOO_LARGE, R
 class Reason(Enum):
     """Why a row is reused or computed; the value says it in words."""
 
-    SAME_STAT = "size, mtime and ctime are the recorded ones"
+    SAME_STAT = "size, mtime, ctime and inode are the recorded ones"
     SAME_BYTES = "touched: the bytes are the recorded ones"
     OTHER_PATH = "renamed or copied: the bytes are known under another path"
+    SALVAGED = "the bytes are known in an unfinished store whose seal is broken"
     SAME_FAILURE = "failed before, and nothing has changed"
     NEW = "new"
     EDITED = "the bytes changed"
@@ -45,7 +47,9 @@ class Reason(Enum):
     @property
     def is_reuse(self) -> bool:
         """Whether the row is taken from a store, be it that it has features or that it has none."""
-        return self in (Reason.SAME_STAT, Reason.SAME_BYTES, Reason.OTHER_PATH, Reason.SAME_FAILURE)
+        return self in (
+            Reason.SAME_STAT, Reason.SAME_BYTES, Reason.OTHER_PATH, Reason.SALVAGED, Reason.SAME_FAILURE,
+        )  # fmt: skip
 
 
 class CachedRows:
@@ -63,15 +67,16 @@ class CachedRows:
         self.sources = np.zeros(len(store), SOURCE_DTYPE)
         self.sources[self.done] = store.sources[self.done]
         ids = store.table.ids
-        self.by_path = {ids[row]: row for row in np.flatnonzero(self.done).tolist()}
+        known = np.flatnonzero(self.done).tolist() if store.sealed else ()
+        self.by_path = {ids[row]: row for row in known}
         self._damaged = [state.is_damage for state in states]
-        self._stats = list(
-            zip(*(self.sources[name].tolist() for name in ("size", "mtime_ns", "ctime_ns")), strict=True)
-        )
+        self._stats = list(zip(*(self.sources[name].tolist() for name in STAT_COLUMNS), strict=True))
 
     @cached_property
     def row_of(self) -> dict[str, int]:
-        """Every row by its path, whether the store can vouch for it or not."""
+        """Every row by its path, whether the store can vouch for it or not; none without a seal."""
+        if not self.store.sealed:
+            return {}
         return {path: row for row, path in enumerate(self.store.table.ids)}
 
     @cached_property
@@ -85,7 +90,7 @@ class CachedRows:
         return self._damaged[row // self.store.layout.block_rows]
 
     def has_stat(self, row: int, stat: FileStat) -> bool:
-        return self._stats[row] == (stat.size, stat.mtime_ns, stat.ctime_ns)
+        return self._stats[row] == stat.as_tuple()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -138,6 +143,27 @@ class ReusePlan:
     def removed(self) -> int:
         return len(self.removed_ids)
 
+    @property
+    def knows_last(self) -> bool:
+        """Whether the last store, if there is one, says which images its rows are of."""
+        return not self.caches or self.caches[-1].store.sealed
+
+    @property
+    def last_provenance(self) -> Mapping[str, Any]:
+        """That of the last store that a seal vouches for; empty where there is none."""
+        stores = (cache.store for cache in reversed(self.caches))
+        return next((store.provenance for store in stores if store.sealed), {})
+
+    def notes(self) -> list[str]:
+        """What the user should know of the stores that rows come from."""
+        rows = np.bincount(self.origin_store[self.origin_store >= 0], minlength=len(self.caches)).tolist()
+        return [
+            f"the seal of {cache.store.path} was broken: {count:,} of its rows are taken over, known by the "
+            "sha256 of their images"
+            for cache, count in zip(self.caches, rows, strict=True)
+            if not cache.store.sealed
+        ]
+
     def reason(self, i: int) -> Reason:
         """Why row `i` is reused or computed."""
         path, index, row = self.table.ids[i], int(self.origin_store[i]), int(self.origin_row[i])
@@ -148,6 +174,8 @@ class ReusePlan:
             return Reason.SAME_FAILURE
         if self.by_stat[i]:
             return Reason.SAME_STAT
+        if not cache.store.sealed:
+            return Reason.SALVAGED
         return Reason.SAME_BYTES if cache.store.table.ids[row] == path else Reason.OTHER_PATH
 
     def _reason_to_compute(self, path: str) -> Reason:
@@ -173,7 +201,7 @@ class ReusePlan:
     def can_continue(self, index: int) -> bool:
         """Whether store `index` has just this plan's rows, so that the run can go on within it."""
         cache = self.caches[index]
-        if not cache.store.table.equals(self.table):
+        if not cache.store.sealed or not cache.store.table.equals(self.table):
             return False
         done = np.flatnonzero(cache.done)
         return bool(
@@ -199,7 +227,7 @@ def plan_reuse(
         listing.root, RowTable.from_records(listing.records, listing.classes), caches
     )
     unknown = [i for i, record in enumerate(listing.records) if not _take_by_stat(plan, i, record)]
-    if not any(cache.by_path for cache in caches):
+    if not any(cache.by_path or cache.by_sha256 for cache in caches):
         unknown = []  # nothing to find: the run itself will read and hash every file
     _take_by_content(plan, listing.records, unknown, workers=workers, on_read=on_read)
     return _compare_with_last(plan)
@@ -246,12 +274,12 @@ def _take_by_content(
 def _take(plan: ReusePlan, i: int, index: int, row: int, stat: FileStat) -> None:
     plan.origin_store[i], plan.origin_row[i] = index, row
     digest = plan.caches[index].sources["sha256"][row]
-    plan.sources[i] = (digest, stat.size, stat.mtime_ns, stat.ctime_ns)
+    plan.sources[i] = (digest, *stat.as_tuple())
 
 
 def _compare_with_last(plan: ReusePlan) -> ReusePlan:
     """The plan with what changed against the last store, which is the one under the output's name."""
-    if not plan.caches:
+    if not plan.caches or not plan.knows_last:
         return plan
     cache = plan.caches[-1]
     old, new = cache.store.table, plan.table

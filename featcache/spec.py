@@ -107,7 +107,7 @@ class FeatureSpec:
                 rows |= {f"preprocessing.{k}": v for k, v in asdict(value).items()}
             elif field.name == "nodes":
                 rows["nodes"] = ", ".join(node.key for node in value)
-                rows["num_features"] = ", ".join(str(node.num_features) for node in value)
+                rows["num_features"] = [node.num_features for node in value]
             else:
                 rows[field.name] = value
         return rows
@@ -156,6 +156,6 @@ def _inside(value: object) -> Iterable[object]:
 
 def show_value(value: object) -> str:
     """The value of a field for a message: of a digest, what tells it from others."""
-    text = str(value)
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     is_digest = len(text) == 64 and all(c in "0123456789abcdef" for c in text)
     return f"{text[:12]}…" if is_digest else text

@@ -84,7 +84,7 @@ def _write_block(store: FeatureStore, writer: StoreWriter, block: int) -> None:
         status[rows.index(FAILED_ROW)] = RowStatus.UNDECODABLE
         for array in features.values():
             array[rows.index(FAILED_ROW)] = np.nan
-    sources = np.array([(np.full(32, row, np.uint8), 100 + row, row, row) for row in rows], SOURCE_DTYPE)
+    sources = np.array([(np.full(32, row, np.uint8), 100 + row, row, row, row) for row in rows], SOURCE_DTYPE)
     writer.write_block(block, features=features, row_status=status, sources=sources)
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner, Result
-from conftest import make_toy_store
+from conftest import make_toy_store, toy_records, toy_spec
 from gaussians import gaussian_features, write_store
 
 from featcache.cli import main
-from featcache.store.layout import read_layout
+from featcache.store.layout import RowTable, create_store, read_layout
 from featcache.store.reader import FeatureStore
 
 TOY = "channel_mean:channel_mean"
@@ -223,11 +223,34 @@ def test_info_describes_a_store_and_a_model(store: Path) -> None:
     assert facts["splits"] == {"train": 36, "test": 24}
     assert facts["fingerprint"] == FeatureStore.open(store).fingerprint
     assert "complete:    yes" in run("info", store).stdout
+    assert "checked:     no (`featcache verify` does)" in run("info", store).stdout
+    assert facts["checked"] is False
     run("fit", store, "--head", "ncm", "-q")
     model = parsed(run("info", store.with_suffix(".model"), "--json"))
     assert (model["kind"], model["head"], model["fingerprint"]) == ("model", "ncm", facts["fingerprint"])
     assert model["classes"] == ["class0", "class1", "class2"]
     assert "class0, class1, class2" in run("info", store.with_suffix(".model")).stdout
+
+
+def test_info_shows_names_on_one_line(photos: Path, tmp_path: Path) -> None:
+    store = tmp_path / "p.h5"
+    (photos / "class0" / "a\n\x1b[31m.png").write_bytes(b"no picture")
+    assert run("embed", photos, "-o", store, "--backbone", TOY, "-q").exit_code == 3
+    assert "class0/a\\n\\x1b[31m.png: undecodable" in run("info", store).stdout
+    assert "\x1b" not in run("info", store).stdout
+    assert parsed(run("info", store, "--json"))["failed"] == {"class0/a\n\x1b[31m.png": "undecodable"}
+
+
+def test_what_a_store_says_of_itself_cannot_spoil_the_terminal(tmp_path: Path) -> None:
+    """Trap: text from a file that cannot be encoded, or that the terminal obeys."""
+    store, table = tmp_path / "s.h5", RowTable.from_records(toy_records(4), ("c0", "c1"))
+    provenance = {"engine": "\x1b[2J", "command": "a\ud800b"}
+    create_store(store, spec=toy_spec(), table=table, provenance=provenance, block_rows=4)
+    for verb in ("info", "explain"):
+        said = run(verb, store)
+        assert said.exit_code == 0
+        assert "\\x1b[2J" in said.stdout
+        assert "a\\ud800b" in said.stdout
 
 
 def test_info_of_an_incomplete_store_says_so(tmp_path: Path) -> None:
@@ -249,13 +272,29 @@ def test_verify_says_what_it_checked_and_exits_by_what_it_found(photos: Path, tm
         file.seek(read_layout(store).features["penultimate"].offset)
         file.write(b"\xff\x00\xff")
     damaged = run("verify", store)
-    assert (damaged.exit_code, damaged.stdout.splitlines()[-1]) == (1, "not sound")
+    assert (damaged.exit_code, damaged.stdout.splitlines()[-1]) == (1, "damaged")
     assert "rows 0-7 (class0/0.png … class1/7.png): features do not match" in damaged.stdout
 
 
 def test_verify_of_a_store_in_progress_is_exit_code_3(tmp_path: Path) -> None:
     path = make_toy_store(tmp_path / "s.h5", n=10, fill=False)
-    assert run("verify", path).exit_code == 3
+    result = run("verify", path)
+    assert (result.exit_code, result.stdout.splitlines()[-1]) == (3, "sound so far, 10 rows pending")
+    assert parsed(run("verify", path, "--json"))["verdict"] == "pending"
+
+
+def test_verify_of_images_that_changed_is_exit_code_1(
+    photos: Path, tmp_path: Path, save_image: Callable[..., Path]
+) -> None:
+    store = tmp_path / "p.h5"
+    run("embed", photos, "-o", store, "--backbone", TOY, "-q")
+    save_image(photos / "class0" / "0.png", seed=9)
+    for options in (["--sources"], ["--recompute", "8", "--backbone", TOY]):
+        result = run("verify", store, "-q", *options)
+        assert result.exit_code == 1
+        assert result.stdout.splitlines()[-1] == "sound, but not what the images are now"
+        said = parsed(run("verify", store, "-q", "--json", *options))
+        assert (said["sound"], said["verdict"]) == (False, "images differ")
 
 
 def test_a_damaged_store_is_fitted_only_unchecked(store: Path) -> None:

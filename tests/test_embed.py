@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +20,11 @@ from PIL import Image
 from featcache import pipeline
 from featcache.commands.embed import EmbedResult, embed
 from featcache.errors import DataError, ManifestError, SpecMismatch, StoreLocked, TooManyFailures
+from featcache.images import identity, walk
 from featcache.images.decode import load_image
+from featcache.images.identity import file_stat
 from featcache.progress import SilentProgress
-from featcache.records import RowStatus
+from featcache.records import FileStat, RowStatus
 from featcache.spec import Preprocessing
 from featcache.store.layout import read_layout
 from featcache.store.lock import write_lock
@@ -87,7 +90,7 @@ def test_the_same_again_decodes_nothing_and_says_how_it_knew(
     before = store.read_bytes()
     again = embed(photos, store, backbone=TOY)
     assert counts(again) == {"rows": 6, "reused": 6}
-    assert "6 files known by size, mtime and ctime" in again.describe()
+    assert "6 files known by size, times and inode" in again.describe()
     assert store.read_bytes() == before
 
 
@@ -208,6 +211,46 @@ def test_an_edit_that_keeps_size_and_mtime_is_found(photos: Path, store: Path, e
     np.testing.assert_allclose(by_id(store)["class0/0.png"][0], [-1, -1, -1], atol=1e-6)
 
 
+def test_two_folders_that_change_names_are_told_apart_by_inode(
+    photos: Path, store: Path, save_image: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Renaming a folder moves no time stamp of the files in it; those of one archive may all be equal."""
+    same_times = [save_image(photos / name / "same.bmp", seed=seed) for name, seed in (("a", 70), ("b", 71))]
+
+    def without_ctime(result: os.stat_result) -> FileStat:
+        return replace(file_stat(result), ctime_ns=0)
+
+    monkeypatch.setattr(walk, "file_stat", without_ctime)
+    monkeypatch.setattr(identity, "file_stat", without_ctime)
+    for path in same_times:
+        os.utime(path, ns=(10**18, 10**18))
+    embed(photos, store, backbone=TOY)
+    (photos / "a").rename(photos / "c")
+    (photos / "b").rename(photos / "a")
+    (photos / "c").rename(photos / "b")
+    assert counts(embed(photos, store, backbone=TOY))["reused"] == 8
+    for name in ("a", "b"):
+        path = f"{name}/same.bmp"
+        np.testing.assert_allclose(by_id(store)[path][0], by_hand(photos / path), atol=1e-6)
+
+
+def test_rows_of_a_folder_that_cannot_be_listed_are_not_removed(
+    photos: Path, store: Path, embedded: EmbedResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = os.scandir
+
+    def refuse(path: str) -> Any:
+        if str(path).endswith("class1"):
+            raise PermissionError(13, "Permission denied")
+        return plain(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match="class1.* cannot be listed, and 3 rows of .* are of images in it"):
+        embed(photos, store, backbone=TOY)
+    monkeypatch.undo()
+    assert counts(embed(photos, store, backbone=TOY)) == {"rows": 6, "reused": 6}
+
+
 def test_rows_follow_their_image_when_others_are_inserted_before_them(
     photos: Path, store: Path, embedded: EmbedResult, save_image: Callable[..., Path]
 ) -> None:
@@ -268,7 +311,7 @@ def test_a_dry_run_counts_and_writes_nothing(
 def test_json_has_just_the_documented_keys(embedded: EmbedResult) -> None:
     assert list(embedded.to_json()) == [
         "rows", "embedded", "reused", "relabelled", "failed", "removed",
-        "seconds", "images_per_second", "fingerprint", "store",
+        "seconds", "images_per_second", "fingerprint", "store", "dry_run",
     ]  # fmt: skip
 
 
@@ -397,11 +440,15 @@ def test_a_damaged_block_is_embedded_again_by_the_same_command(
     assert by_id(store) == good
 
 
+PLAIN = ("--batch-size", "4", "--engine", "torch-eager", "-q")
+
+
 def run_embed(
     *arguments: str, kill_at: int = 0, kill_with: str = "SIGKILL"
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "featcache", "embed", *arguments, "--batch-size", "4", "-q"],
+        # By name, so that no forward pass goes into choosing an engine and the n-th is the n-th batch's.
+        [sys.executable, "-m", "featcache", "embed", *arguments, *PLAIN],
         env={**os.environ, "KILL_AT": str(kill_at), "KILL_WITH": kill_with},
         cwd=Path(__file__).parent,
         # A shell that starts the tests in the background has Ctrl-C ignored, and children inherit that.
@@ -547,18 +594,19 @@ def test_another_backbone_is_refused_before_its_weights_are_looked_for(
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 @pytest.mark.parametrize(
     ("kill_at", "kept"),
-    [(1, 0), (70, 512), (130, 600)],
-    ids=["before a row", "in the second block", "in the third block"],
+    [(1, 0), (70, 320), (150, 600)],
+    ids=["before a row", "in the fifth block", "in the last block"],
 )
 def test_an_interrupted_run_finishes_its_block_and_says_what_is_kept(
     many: Path, tmp_path: Path, name: str, code: int, kill_at: int, kept: int
 ) -> None:
-    """600 rows in blocks of 256, in batches of 4: the 65th begins the second block, the 129th the third."""
+    """600 rows in blocks of 64, in batches of 4: the 70th is in the fifth block, the 150th is the last."""
     store = tmp_path / "s.h5"
     arguments = (str(many), "-o", str(store), "--backbone", "killed_backbone:backbone")
     stopped = run_embed(*arguments, kill_at=kill_at, kill_with=name)
     assert stopped.returncode == code
-    assert f"{kept} of 600 rows are kept; run the same command again" in stopped.stderr
+    said = f"{kept} of 600 rows are kept; run the same command again" if kept else "none of 600 rows is kept"
+    assert said in stopped.stderr
     assert "Traceback" not in stopped.stderr
     assert np.flatnonzero(FeatureStore.open(store).done).tolist() == list(range(kept))
 
@@ -576,8 +624,10 @@ def test_an_interrupt_says_once_what_it_waits_for(many: Path, store: Path) -> No
 
     with default_ctrl_c(), pytest.raises(KeyboardInterrupt):
         embed(many, store, backbone=TOY, batch_size=8, progress=Notes())
-    assert said == ["stopping when this block is written (Ctrl-C again stops at once)"]
-    assert FeatureStore.open(store).done.sum() == 256
+    assert said == [
+        "stopping after 56 more images, when this block is written; Ctrl-C again stops at once and loses 8"
+    ]
+    assert FeatureStore.open(store).done.sum() == 64
 
 
 def test_a_second_interrupt_stops_at_once(many: Path, store: Path) -> None:
@@ -612,7 +662,7 @@ def test_a_copy_is_interrupted_between_two_blocks(
     with default_ctrl_c(), pytest.raises(KeyboardInterrupt) as stopped:
         embed(many, store, backbone=TOY)
     monkeypatch.undo()
-    assert stopped.value.__notes__ == ["256 of 600 rows are kept; run the same command again to go on"]
+    assert stopped.value.__notes__ == ["64 of 600 rows are kept; run the same command again to go on"]
     assert counts(embed(many, store, backbone=TOY)) == {"rows": 600, "reused": 600, "relabelled": 200}
     assert FeatureStore.open(store).complete
 

@@ -238,7 +238,7 @@ def test_a_dataset_that_claims_other_bytes_is_refused(toy_store: Path, offset: A
         ("spec", b"[]", "spec is a JSON object"),
         ("spec", b"[" * 50_000, "structure cannot be read"),
         ("spec", b'{"backbone": "toy"}', "structure cannot be read"),
-        ("fingerprint", b"0" * 64, "do not match the checksum"),
+        ("fingerprint", b"0" * 64, "spec does not match its fingerprint"),
         ("provenance", b"[1]", "structure cannot be read|provenance"),
         ("provenance", b"\xff", "structure cannot be read"),
     ],
@@ -414,7 +414,7 @@ def test_a_store_in_place_of_a_model_and_a_model_in_place_of_a_store(tmp_path: P
     store, model = make_toy_store(tmp_path / "s.h5", n=4), save_model(tmp_path / "m.model")
     with pytest.raises(ModelError, match="is a feature store, not a model.*featcache fit"):
         Model.load(store)
-    with pytest.raises(NotAStore, match="not an HDF5 file; a store is made by"):
+    with pytest.raises(NotAStore, match="is a model, not a feature store; `featcache info"):
         FeatureStore.open(model)
 
 

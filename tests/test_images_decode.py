@@ -21,7 +21,7 @@ from torchvision.transforms.functional import center_crop, normalize, resize, to
 from featcache.images import decode, identity
 from featcache.images.decode import LoadedImage, load_image
 from featcache.images.identity import ImageFailure, ImageIdentity, hash_image
-from featcache.records import FileStat, RowStatus
+from featcache.records import RowStatus
 from featcache.spec import Preprocessing
 
 SMALL = Preprocessing(resize_size=8, crop_size=8)
@@ -134,7 +134,7 @@ def test_preprocessing_of_another_version_is_refused(tmp_path: Path, change: dic
 def test_the_sha256_and_stat_are_of_the_bytes_decoded(tmp_path: Path) -> None:
     path = _file(tmp_path, _encoded(_noise(8, 8), "JPEG"))
     found = path.stat()
-    stat = FileStat(size=found.st_size, mtime_ns=found.st_mtime_ns, ctime_ns=found.st_ctime_ns)
+    stat = identity.file_stat(found)
     loaded = _load(path)
     assert loaded.sha256 == hashlib.sha256(path.read_bytes()).digest()
     assert loaded.stat == stat

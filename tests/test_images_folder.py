@@ -46,7 +46,9 @@ def test_the_class_is_the_first_folder(tmp_path: Path) -> None:
 def test_records_carry_the_stat_of_their_file(tmp_path: Path) -> None:
     found = os.stat(_make(tmp_path, "cat/1.jpg") / "cat/1.jpg")
     (record,) = scan_images(tmp_path).records
-    assert record.stat == FileStat(size=1, mtime_ns=found.st_mtime_ns, ctime_ns=found.st_ctime_ns)
+    assert record.stat == FileStat(
+        size=1, mtime_ns=found.st_mtime_ns, ctime_ns=found.st_ctime_ns, inode=found.st_ino
+    )
 
 
 @pytest.mark.parametrize("extension", walk.EXTENSIONS)

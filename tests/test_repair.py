@@ -62,7 +62,9 @@ def fix(store: Path, **options: object) -> RepairResult:
 
 
 def counts(result: RepairResult) -> dict[str, int]:
-    names = ("embedded", "damaged", "pending", "failed_before", "failed", "changed")
+    names = (
+        "embedded", "damaged", "pending", "failed_before", "failed", "other_bytes", "missing", "changed",
+    )  # fmt: skip
     return {name: getattr(result, name) for name in names if getattr(result, name)}
 
 
@@ -141,8 +143,8 @@ def test_a_sound_store_is_left_alone_without_images_torch_or_permission(
     photos.rename(photos.with_name("gone"))
     result = repair(store)
     assert counts(result) == {}
-    assert result.changed is None
-    assert "nothing to repair" in result.describe()
+    assert (result.missing, result.changed) == (None, None)
+    assert result.describe() == "nothing to repair: no block is damaged or pending, no row failed (20 rows)"
     assert (store.read_bytes(), decoded) == (before, [])
 
 
@@ -159,6 +161,9 @@ def test_failed_rows_are_embedded_once_their_image_can_be_used(
     failed = fix(store)
     assert (counts(failed), store.read_bytes(), decoded) == ({"failed": 2}, before, [])
     assert [path for path, _ in failed.failures] == ["class0/03.png", "class1/12.png"]
+    assert failed.describe().splitlines()[0] == (
+        "20 rows: no block is damaged or pending; 2 rows failed before and would fail again"
+    )
     bad[1].write_bytes(good[1])
     mended = fix(store)
     assert (counts(mended), decoded) == ({"embedded": 1, "failed_before": 1, "failed": 1}, ["12.png"])
@@ -210,8 +215,9 @@ def test_sound_rows_stay_as_they_are_whatever_became_of_their_image(
     old = FeatureStore.open(store).map().copy()
     damage(store, 19)
     result = fix(store)
-    assert counts(result) == {"embedded": 4, "damaged": 4, "changed": 2}
-    assert "2 sound rows are left alone" in result.describe()
+    assert counts(result) == {"embedded": 4, "damaged": 4, "missing": 1, "changed": 1}
+    assert "  1 sound row left alone whose image is not there\n" in result.describe()
+    assert "  1 sound row left alone whose image has not the recorded size" in result.describe()
     np.testing.assert_array_equal(FeatureStore.open(store).map(), old)
 
 
@@ -221,7 +227,12 @@ def test_an_image_of_a_damaged_block_that_changed_is_embedded_as_it_is(
     save_image(photos / "class1" / "19.png", seed=119)
     (photos / "class1" / "18.png").unlink()
     damage(store, 17)
-    assert counts(fix(store)) == {"embedded": 3, "damaged": 4, "failed": 1}
+    result = fix(store)
+    assert counts(result) == {"embedded": 3, "damaged": 4, "failed": 1, "other_bytes": 1}
+    assert (
+        "1 row of damaged blocks embedded from an image that is not the recorded one (first: class1/19.png)"
+        in result.describe()
+    )
     again = embed(photos, store, backbone=TOY)
     assert (again.embedded, again.reused, again.removed) == (0, 19, 1)
 
@@ -234,12 +245,13 @@ def test_a_dry_run_counts_and_writes_nothing(store: Path, tmp_path: Path) -> Non
     assert "8 to embed again (8 of damaged blocks)" in result.describe()
     assert store.read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "s.h5"]
+    assert (result.to_json()["dry_run"], fix(store).to_json()["dry_run"]) == (True, False)
 
 
 def test_json_has_just_the_documented_keys(store: Path) -> None:
     assert list(json.loads(json.dumps(repair(store).to_json()))) == [
-        "rows", "embedded", "damaged", "pending", "failed_before", "failed", "changed",
-        "seconds", "fingerprint", "store",
+        "rows", "embedded", "damaged", "pending", "failed_before", "failed", "other_bytes",
+        "missing", "changed", "seconds", "fingerprint", "store", "dry_run",
     ]  # fmt: skip
 
 
@@ -249,10 +261,11 @@ def test_images_that_moved_are_named_by_the_user(store: Path, photos: Path) -> N
     damage(store, 0)
     with pytest.raises(DataError, match=r"its images were in .*photos, which is not there.*--data DATA"):
         fix(store)
-    with pytest.raises(DataError, match="should be in .*nowhere, which is not there"):
+    with pytest.raises(DataError, match="should be in .*nowhere, which is not there") as wrong:
         fix(store, data=photos.with_name("nowhere"))
+    assert "Pass where they are now" not in str(wrong.value)
     (photos.with_name("empty")).mkdir()
-    with pytest.raises(DataError, match="none of the 8 images to embed again is in .*empty"):
+    with pytest.raises(DataError, match=r"images to embed again \(8, first class0/00.png\) is in .*empty"):
         fix(store, data=photos.with_name("empty"))
     assert counts(fix(store, data=moved)) == {"embedded": 8, "damaged": 8}
     assert content(store) == before
@@ -404,6 +417,34 @@ def test_too_many_new_failures_stop_but_those_known_do_not_count(photos: Path, t
         (photos / "class0" / f"{i:02d}.png").write_bytes(b"")
     with pytest.raises(TooManyFailures, match="--max-failures"):
         fix(store)
+
+
+@pytest.mark.parametrize(("known", "rows"), [(15, 22), (8, 9), (16, 20)])
+def test_known_failures_do_not_count_however_few_may_fail(
+    tmp_path: Path, save_image: Callable[..., Path], known: int, rows: int
+) -> None:
+    """Trap: (0 + 15 / 22) * 22 is less than 15."""
+    store, folder = tmp_path / "s.h5", tmp_path / "few" / "c"
+    folder.mkdir(parents=True)
+    for i in range(rows):
+        if i < known:
+            (folder / f"{i:02d}.png").write_bytes(b"no picture")
+        else:
+            save_image(folder / f"{i:02d}.png", seed=i)
+    embed(folder.parent, store, backbone=TOY, max_failures=1)
+    damage(store, rows - 1)
+    assert fix(store, max_failures=0).failed == known
+
+
+def test_names_of_failed_rows_are_shown_on_one_line(photos: Path, tmp_path: Path) -> None:
+    (photos / "class0" / "a\n\x1b[31m.png").write_bytes(b"no picture")
+    embedded = embed(photos, tmp_path / "s.h5", backbone=TOY)
+    assert "  failed: class0/a\\n\\x1b[31m.png: " in embedded.describe()
+    assert "  failed: class0/a\\n\\x1b[31m.png: " in fix(tmp_path / "s.h5").describe()
+    (photos / "class0" / "b\n.png").write_bytes(b"no picture")
+    with pytest.raises(TooManyFailures, match=r"class0/a\\n\\x1b\[31m\.png: .*class0/b\\n\.png") as stopped:
+        embed(photos, tmp_path / "t.h5", backbone=TOY, max_failures=0)
+    assert str(stopped.value).isprintable()
 
 
 def test_two_writers_at_once_are_refused(store: Path) -> None:

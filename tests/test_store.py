@@ -255,3 +255,20 @@ def test_an_io_error_is_no_damage(toy_store: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(os, "preadv", fail)
     with pytest.raises(DiskError, match=r"reading .*toy.h5 failed: Input/output error. Mend that.*again"):
         FeatureStore.open(toy_store)
+
+
+def test_blocks_of_another_spec_are_not_sound(tmp_path: Path) -> None:
+    """The rows of one store under the structure of another of the same shape: misdirected writes do that."""
+    one = read_layout(make_toy_store(tmp_path / "one.h5", n=10))
+    path = make_toy_store(tmp_path / "two.h5", n=10, spec=toy_spec(weights_sha256="1" * 64))
+    two = read_layout(path)
+    with open(path, "r+b") as file:
+        for here, there in zip(
+            (*two.features.values(), two.row_status, two.sources, two.blocks),
+            (*one.features.values(), one.row_status, one.sources, one.blocks),
+            strict=True,
+        ):
+            file.seek(here.offset)
+            file.write(one.read(there).tobytes())
+    with pytest.raises(DamagedStore, match="rows 0-9 do not match"):
+        FeatureStore.open(path)

@@ -30,9 +30,10 @@ from PIL import Image
 from featcache.commands.embed import embed
 from featcache.engines.torch_eager import TorchEager
 from featcache.errors import StoreError
+from featcache.images.identity import file_stat
 from featcache.store import lock
 from featcache.store.blocks import BlockCheck
-from featcache.store.layout import read_layout
+from featcache.store.layout import STAT_COLUMNS, read_layout
 from featcache.store.reader import FeatureStore
 
 FOLDERS = st.sampled_from(["a", "b", "c"])
@@ -334,14 +335,13 @@ class StoreMachine(RuleBasedStateMachine):
                         stats.add(
                             (
                                 layout.table.ids[row],
-                                *(int(source[k]) for k in ("size", "mtime_ns", "ctime_ns")),
+                                *(int(source[k]) for k in STAT_COLUMNS),
                             )
                         )
         return digests, stats
 
-    def _stat(self, path: str) -> tuple[int, int, int]:
-        status = (self.photos / path).stat()
-        return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    def _stat(self, path: str) -> tuple[int, int, int, int]:
+        return file_stat((self.photos / path).stat()).as_tuple()
 
     @staticmethod
     def _held(store: FeatureStore) -> dict[str, tuple[str, str, bytes]]:

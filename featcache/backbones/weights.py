@@ -48,12 +48,13 @@ def hub_checkpoints() -> Path:
 
 def require_file(weights: str) -> Path:
     """The path of a weights file named by the user; `BackboneError` when there is none."""
-    path = Path(weights).expanduser()
     try:
+        path = Path(weights).expanduser()
         open_regular(path).close()
-    except OSError as error:
+    except (OSError, RuntimeError, ValueError) as error:  # of a home that is nobody's; of a zero byte
+        reason = getattr(error, "strerror", error)
         raise BackboneError(
-            f"there is no weights file {weights} ({error.strerror}): give the path of a .safetensors, "
+            f"there is no weights file {weights} ({reason}): give the path of a .safetensors, "
             f".pth or .pt file, or {RANDOM!r}; a pretrained variant is part of the name, as in "
             "resnet50@IMAGENET1K_V1"
         ) from error

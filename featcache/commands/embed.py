@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from featcache.disk import disk_errors
-from featcache.embedding import Embedded, Embedding, failure_lines
+from featcache.embedding import Embedded, Embedding, earlier_engines, failure_lines
+from featcache.engines import AUTO, MAX_BATCH_SIZE, require_engine
+from featcache.errors import DataError
 from featcache.images import scan_images
+from featcache.images.paths import show_path
 from featcache.origin import describe_origin
 from featcache.pipeline import default_workers
 from featcache.progress import Progress, SilentProgress
@@ -49,7 +53,7 @@ class EmbedResult:
             name: getattr(self, name)
             for name in (
                 "rows", "embedded", "reused", "relabelled", "failed", "removed",
-                "seconds", "images_per_second", "fingerprint", "store",
+                "seconds", "images_per_second", "fingerprint", "store", "dry_run",
             )
         }  # fmt: skip
 
@@ -89,6 +93,7 @@ def embed(
     device: str = "auto",
     precision: Precision = "float32",
     store_dtype: StoreDtype = "float32",
+    engine: str = AUTO,
     batch_size: int | None = None,
     workers: int | None = None,
     max_failures: float = 0.01,
@@ -100,6 +105,8 @@ def embed(
     data: a folder of class folders, the same under train/ val/ test/, or a CSV `path,label[,split]` with
         paths relative to `root` (default: the CSV's folder).
     backbone, weights, seed: see `featcache.backbones.load_backbone`. nodes: see `make_extractor`.
+    engine: the name of one in `featcache.engines.ENGINES`, or "auto": the one the store was begun with; for a
+        new store the fastest that agrees with PyTorch's eager one, where looking for it pays.
     max_failures: the fraction of images that may fail before the run stops with TooManyFailures; one image
         may always fail.
 
@@ -109,8 +116,10 @@ def embed(
     """
     begun = time.perf_counter()
     workers = default_workers() if workers is None else workers
-    if workers < 1 or (batch_size is not None and batch_size < 1):
-        raise ValueError("workers and batch_size are at least 1")
+    if workers < 1 or not 1 <= (1 if batch_size is None else batch_size) <= MAX_BATCH_SIZE:
+        raise ValueError(f"workers are at least 1, batch_size is 1 to {MAX_BATCH_SIZE:,}")
+    if engine != AUTO:
+        require_engine(engine)
     request = EmbedRequest(
         backbone=backbone,
         weights=absolute_weights(weights),
@@ -122,18 +131,16 @@ def embed(
     data, root = Path(data), None if root is None else Path(root)
     run = Embedding(
         files=StoreFiles.at(output),
-        embedder=Embedder(request, device=device, batch_size=batch_size),
+        embedder=Embedder(request, device=device, batch_size=batch_size, engine=engine),
         data=describe_origin(data, root, follow_links=follow_links),
         workers=workers,
         max_failures=max_failures,
         progress=progress or SilentProgress(),
     )
-    listing = scan_images(data, root=root, follow_links=follow_links)
-    if dry_run:
-        result = _dry_run(run, listing)
-    else:
-        with write_lock(run.files.output):
-            result = _run(run, listing)
+    # Listed under the lock: what another run adds meanwhile must not look removed.
+    with nullcontext() if dry_run else write_lock(run.files.output):
+        listing = scan_images(data, root=root, follow_links=follow_links)
+        result = _dry_run(run, listing) if dry_run else _run(run, listing)
     return replace(result, seconds=round(time.perf_counter() - begun, 3))
 
 
@@ -141,14 +148,16 @@ def _dry_run(run: Embedding, listing: Listing) -> EmbedResult:
     plan, spec, _ = _plan(run, listing)
     planned = Embedded(plan=plan, status=plan.reused_status)
     return replace(
-        _result(run, planned, spec=spec, notes=listing.notes), embedded=len(plan.pending), dry_run=True
+        _result(run, planned, spec=spec, notes=[*listing.notes, *plan.notes()]),
+        embedded=len(plan.pending),
+        dry_run=True,
     )
 
 
 def _run(run: Embedding, listing: Listing) -> EmbedResult:
     plan, spec, weights_proof = _plan(run, listing)
     embedded = run.carry_out(plan, spec)
-    notes = [*listing.notes, *embedded.notes]
+    notes = [*listing.notes, *plan.notes(), *embedded.notes, *_engine_note(plan, run)]
     if not len(plan.pending):
         notes.append(_how(plan, weights_proof))
     return _result(run, embedded, spec=spec, notes=notes)
@@ -160,13 +169,44 @@ def _plan(run: Embedding, listing: Listing) -> tuple[ReusePlan, FeatureSpec, str
     spec, weights_proof = run.embedder.settle_spec(stores, output=run.files.output)
     # A growth of another spec than the store's, left by whatever way, has nothing to offer.
     stores = [store for store in stores if store.fingerprint == spec.fingerprint()]
-    return plan_reuse(listing, stores, workers=run.workers), spec, weights_proof
+    plan = plan_reuse(listing, stores, workers=run.workers)
+    _require_listed(listing, plan, run.files.output)
+    return plan, spec, weights_proof
+
+
+def _require_listed(listing: Listing, plan: ReusePlan, output: Path) -> None:
+    """Refuse to remove rows because their folder cannot be listed: the images may well be there."""
+    for folder in listing.unlisted:
+        if not plan.knows_last:
+            raise DataError(
+                f"the folder {show_path(folder)} cannot be listed, and {output}, whose seal is broken, may "
+                "have rows of images in it. Allow reading it, or remove it, then run the same command again."
+            )
+        lost = sum(path.startswith(folder) for path in plan.removed_ids)
+        if lost:
+            raise DataError(
+                f"the folder {show_path(folder)} cannot be listed, and {lost:,} rows of {output} are of "
+                "images in it. Allow reading it, or remove it, then run the same command again."
+            )
+
+
+def _engine_note(plan: ReusePlan, run: Embedding) -> list[str]:
+    ready = run.embedder.ready
+    if ready is None or not len(plan.pending):
+        return []
+    others = earlier_engines(plan, ready.engine.name)
+    if not others:
+        return []
+    return [
+        f"rows embedded before are by {' and '.join(others)}, those of now by {ready.engine.name}: "
+        "the last digits of their features may differ"
+    ]
 
 
 def _how(plan: ReusePlan, weights_proof: str) -> str:
     by_stat = int((plan.origin_store >= 0).sum()) - plan.reread
     reread = f", {plan.reread:,} by the sha256 of their bytes" if plan.reread else ""
-    return f"nothing to embed: {by_stat:,} files known by size, mtime and ctime{reread}; {weights_proof}"
+    return f"nothing to embed: {by_stat:,} files known by size, times and inode{reread}; {weights_proof}"
 
 
 def _result(

@@ -31,15 +31,15 @@ from featcache.explanation import (
 from featcache.images import scan_images
 from featcache.images.identity import ImageFailure, hash_image
 from featcache.images.paths import show_path
-from featcache.origin import find_origin, image_file
+from featcache.origin import find_origin, follows_links, image_file
 from featcache.pipeline import default_workers
 from featcache.progress import Progress, SilentProgress
-from featcache.records import SPLITS, FileStat, RowStatus
+from featcache.records import SPLITS, FileStat, Listing, RowStatus
 from featcache.request import Embedder, EmbedRequest, RecordedBackbone, absolute_weights
 from featcache.reuse import CachedRows, Reason, ReusePlan, plan_reuse
 from featcache.spec import FeatureSpec, Precision, StoreDtype, spec_differences
 from featcache.store.files import StoreFiles
-from featcache.store.layout import NO_SPLIT
+from featcache.store.layout import NO_SPLIT, STAT_COLUMNS
 from featcache.store.reader import FeatureStore
 
 _RECORDED = ("engine", "device", "batch_size", "versions", "data", "created", "command")
@@ -95,34 +95,51 @@ def explain(
             notes=(how,) if how else (),
         )
     if explanation.differences and (data is not None or row is not None):
-        refused = f"`embed` refuses another spec for {opened.path}: this is what it does for another --output"
+        where = show_path(opened.path)
+        refused = f"`embed` refuses another spec for {where}: this is what it does for another --output"
         explanation = replace(explanation, notes=(*explanation.notes, refused))
     if data is None and row is None:
         return explanation
-    origin = find_origin(opened, data=data, root=root)
-    links = follow_links or (data is None and origin["follow_links"])
-    listing = scan_images(
-        Path(origin["path"]),
-        root=None if origin["root"] is None else Path(origin["root"]),
-        follow_links=links,
-    )
-    progress = progress or SilentProgress()
-    stores = [found for found in files.open_all() if found.fingerprint == spec.fingerprint()]
-    plan = plan_reuse(
-        listing,
-        stores,
-        workers=workers or default_workers(),
-        on_read=_reading(progress, len(listing.records)),
-    )
-    progress.finish()
+    links = follow_links or (data is None and follows_links(opened))
+    try:
+        origin = find_origin(opened, data=data, root=root)
+        listing = scan_images(
+            Path(origin["path"]),
+            root=None if origin["root"] is None else Path(origin["root"]),
+            follow_links=links,
+        )
+    except DataError as exc:
+        if data is not None or root is not None or row not in opened.table.ids:
+            raise
+        return replace(explanation, row=_story_without_images(opened, str(row), exc))
+    wanted = listing
     if row is not None:
-        return replace(explanation, row=_story(plan, opened, row, follow_links=links))
+        wanted = replace(listing, records=tuple(found for found in listing.records if found.path == row))
+    stores = [found for found in files.open_all() if found.fingerprint == spec.fingerprint()]
+    plan = _plan(wanted, stores, workers=workers, progress=progress or SilentProgress())
+    if row is not None:
+        return replace(explanation, row=_story(plan, listing, opened, row, follow_links=links))
     return replace(explanation, images=_image_reasons(plan, origin["path"]))
 
 
-def _reading(progress: Progress, total: int) -> Any:
-    progress.start("reading images that may have changed", total=total, unit="images")
-    return progress.advance
+def _plan(
+    listing: Listing, stores: Sequence[FeatureStore], *, workers: int | None, progress: Progress
+) -> ReusePlan:
+    """What `embed` would do; the progress begins with the first image that has to be read."""
+    reading = False
+
+    def on_read(count: int) -> None:
+        nonlocal reading
+        if not reading:
+            reading = True
+            progress.start(
+                "reading images that may have changed", total=len(listing.records), unit="images at most"
+            )
+        progress.advance(count)
+
+    plan = plan_reuse(listing, stores, workers=workers or default_workers(), on_read=on_read)
+    progress.finish()
+    return plan
 
 
 def _asked(
@@ -227,19 +244,22 @@ def _image_reasons(plan: ReusePlan, data: str) -> ImageReasons:
     )
 
 
-def _story(plan: ReusePlan, store: FeatureStore, path: str, *, follow_links: bool) -> RowStory:
+def _story(
+    plan: ReusePlan, listing: Listing, store: FeatureStore, path: str, *, follow_links: bool
+) -> RowStory:
     here = next((i for i, known in enumerate(plan.table.ids) if known == path), None)
     row = next((i for i, known in enumerate(store.table.ids) if known == path), None)
     if here is None and row is None:
-        near = difflib.get_close_matches(path, [*store.table.ids, *plan.table.ids], n=1)
-        meant = f"; did you mean {show_path(near[0])}?" if near else ""
-        raise DataError(f"neither {store.path} nor its images have {show_path(path)}{meant}")
+        near = _nearest(path, [*store.table.ids, *(record.path for record in listing.records)])
+        meant = f"; did you mean {show_path(near)}?" if near else ""
+        raise DataError(f"neither {show_path(store.path)} nor its images have {show_path(path)}{meant}")
+    reason: str | None
     reason, words, known_as = "REMOVED", "the image is no longer in the data: its row is removed", None
     if here is not None:
         why = plan.reason(here)
-        reason, words = why.name, f"{action_of(why)}: {why.value}"
+        reason, words = why.name, f"{action_of(why)} ({why.value})"
         index, origin = int(plan.origin_store[here]), int(plan.origin_row[here])
-        known_as = None if index < 0 else plan.caches[index].store.table.ids[origin]
+        known_as = None if index < 0 else plan.caches[index].store.table.ids[origin] or None
         words += "; relabelled" if plan.relabelled_rows[here] else ""
     return RowStory(
         path=path,
@@ -248,6 +268,33 @@ def _story(plan: ReusePlan, store: FeatureStore, path: str, *, follow_links: boo
         known_as=known_as,
         recorded=None if row is None else _recorded_row(store, row),
         now=_file_now(image_file(plan.root, path, follow_links=follow_links)),
+    )
+
+
+def _story_without_images(store: FeatureStore, path: str, why: DataError) -> RowStory:
+    return RowStory(
+        path=path,
+        reason=None,
+        words=f"what becomes of it is not known: {why}",
+        known_as=None,
+        recorded=_recorded_row(store, store.table.ids.index(path)),
+        now=None,
+    )
+
+
+def _nearest(path: str, ids: Sequence[str]) -> str | None:
+    """The id that was perhaps meant, also by the name of its file alone or by a path above the root."""
+    name = path.rpartition("/")[2]
+    by_name: dict[str, list[str]] = {}
+    for known in ids:
+        by_name.setdefault(known.rpartition("/")[2], []).append(known)
+    if name in by_name:
+        return difflib.get_close_matches(path, by_name[name], n=1, cutoff=0.0)[0]
+    close = difflib.get_close_matches(path, ids, n=1)
+    return (
+        close[0]
+        if close
+        else next((by_name[found][0] for found in difflib.get_close_matches(name, by_name, n=1)), None)
     )
 
 
@@ -262,9 +309,7 @@ def _recorded_row(store: FeatureStore, row: int) -> dict[str, Any]:
     if not cache.done[row]:
         return {**facts, "status": "in a damaged block" if cache.is_damaged(row) else "not embedded yet"}
     source = cache.sources[row]
-    stat = FileStat(
-        size=int(source["size"]), mtime_ns=int(source["mtime_ns"]), ctime_ns=int(source["ctime_ns"])
-    )
+    stat = FileStat(**{name: int(source[name]) for name in STAT_COLUMNS})
     return {**facts, "sha256": source["sha256"].tobytes().hex(), **_stat_facts(stat)}
 
 
@@ -276,7 +321,12 @@ def _file_now(file: Path) -> dict[str, Any] | None:
 
 
 def _stat_facts(stat: FileStat) -> dict[str, Any]:
-    return {"size": stat.size, "mtime": _moment(stat.mtime_ns), "ctime": _moment(stat.ctime_ns)}
+    return {
+        "size": stat.size,
+        "mtime": _moment(stat.mtime_ns),
+        "ctime": _moment(stat.ctime_ns),
+        "inode": stat.inode,
+    }
 
 
 def _moment(ns: int) -> str:

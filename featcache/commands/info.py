@@ -17,6 +17,7 @@ from featcache.model import Model
 from featcache.records import SPLITS
 from featcache.store.layout import NO_SPLIT
 from featcache.store.reader import FeatureStore
+from featcache.words import show_text
 
 _TABLES = ("classes", "confusion", "per_class")  # of the metrics; the report beside a model has them
 
@@ -31,7 +32,10 @@ class Info:
         return self.facts
 
     def describe(self) -> str:
-        return "\n".join(_lines(self.facts))
+        facts = dict(self.facts)
+        if "checked" in facts:
+            facts["checked"] = "no (`featcache verify` does)"
+        return "\n".join(_lines(facts))
 
 
 def info(file: str | os.PathLike[str]) -> Info:
@@ -60,6 +64,7 @@ def _store_facts(store: FeatureStore) -> dict[str, Any]:
         "file": str(store.path),
         "kind": "feature store",
         "complete": store.complete,
+        "checked": False,  # rows are not compared with their checksums: info is quick on any store
         "rows": len(store),
         "status": {status.words: n for status, n in counts.items()},
         "failed": {path: status.words for path, status in store.failed_rows()},
@@ -72,7 +77,7 @@ def _store_facts(store: FeatureStore) -> dict[str, Any]:
             key: provenance.get(key)
             for key in ("created", "command", "engine", "device", "batch_size", "versions")
         },
-        "bytes": os.path.getsize(store.path),
+        "bytes": len(store.layout.buffer),
     }
 
 
@@ -108,12 +113,12 @@ def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
     for name, value in facts.items():
         if isinstance(value, dict) and len(value) > 0:
             shown = dict(list(value.items())[:20])
-            lines.append(f"{indent}{name}:")
+            lines.append(f"{indent}{show_text(name)}:")
             lines += _lines(shown, indent + "  ")
             if len(value) > len(shown):
                 lines.append(f"{indent}  … and {len(value) - len(shown):,} more (--json lists all)")
         else:
-            lines.append(f"{indent}{name + ':':<{width + 1}} {_word(value)}")
+            lines.append(f"{indent}{show_text(name) + ':':<{width + 1}} {_word(value)}")
     return lines
 
 
@@ -128,4 +133,4 @@ def _word(value: Any) -> str:
         return f"{', '.join(map(_word, value[:20]))}, … ({len(value):,} in all; --json lists them)"
     if isinstance(value, float | np.floating):
         return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) else show_text(str(value))

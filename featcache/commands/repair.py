@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.embedding import Embedded, Embedding, failure_lines
-from featcache.errors import DataError, StoreError
+from featcache.errors import DataError, DiskError, StoreError
 from featcache.images.decode import load_image
 from featcache.images.identity import ImageFailure, file_stat
 from featcache.images.paths import resolve, show_path
@@ -28,17 +28,20 @@ from featcache.progress import Progress, SilentProgress
 from featcache.records import NO_FILE, FileStat, RowStatus
 from featcache.request import Embedder
 from featcache.reuse import CachedRows, ReusePlan
+from featcache.store.blocks import BlockCheck
 from featcache.store.files import StoreFiles
 from featcache.store.lock import write_lock
 from featcache.store.reader import FeatureStore
+from featcache.words import plural
 
 
 @dataclass(frozen=True, kw_only=True)
 class RepairResult:
     """What a repair did. The rows to embed again are damaged + pending + failed_before.
 
-    failed: rows without features now. changed: sound rows whose file is no longer the recorded one, which
-    are left alone; None where the images were not looked for.
+    failed: rows without features now. other_bytes: rows of damaged blocks whose image is not the recorded one
+    and was embedded as it is now. missing, changed: sound rows whose file is not there, or is no longer the
+    recorded one, which are left alone; None where the images were not looked for.
     """
 
     rows: int
@@ -47,6 +50,8 @@ class RepairResult:
     pending: int
     failed_before: int
     failed: int
+    other_bytes: int
+    missing: int | None
     changed: int | None
     seconds: float
     fingerprint: str
@@ -60,8 +65,8 @@ class RepairResult:
         return {
             name: getattr(self, name)
             for name in (
-                "rows", "embedded", "damaged", "pending", "failed_before", "failed", "changed",
-                "seconds", "fingerprint", "store",
+                "rows", "embedded", "damaged", "pending", "failed_before", "failed", "other_bytes",
+                "missing", "changed", "seconds", "fingerprint", "store", "dry_run",
             )
         }  # fmt: skip
 
@@ -76,17 +81,20 @@ class RepairResult:
             )
             if count
         ]
-        if not parts:
-            lines = [f"nothing to repair: the blocks of all {self.rows:,} rows are sound"]
-        else:
+        rows, failed = plural(self.rows, "row"), plural(self.failed, "row")
+        if parts:
             done = f"{self.embedded:,} {'to embed' if self.dry_run else 'embedded'} again"
-            lines = [f"{self.rows:,} rows: {done} ({', '.join(parts)}), {self.failed:,} without features"]
+            lines = [f"{rows}: {done} ({', '.join(parts)}), {self.failed:,} without features"]
+        elif self.failed:
+            lines = [f"{rows}: no block is damaged or pending; {failed} failed before and would fail again"]
+        else:
+            lines = [f"nothing to repair: no block is damaged or pending, no row failed ({rows})"]
         lines += failure_lines(self.failures, store=self.store)
         lines += [f"  {note}" for note in self.notes]
         if self.dry_run:
             lines.append("nothing was written (--dry-run)")
         elif parts:
-            lines.append(f"{self.store}: repaired in {self.seconds:.1f} s")
+            lines.append(f"{show_path(self.store)}: repaired in {self.seconds:.1f} s")
         return "\n".join(lines)
 
 
@@ -122,6 +130,7 @@ def repair(
         raise ValueError("workers and batch_size are at least 1")
     files = StoreFiles.at(store)
     with nullcontext() if dry_run else write_lock(files.output):
+        files.require_no_folders()
         opened = FeatureStore.open(files.output, check=False)
         need = _look(opened, data=data, root=root, workers=workers)
         if dry_run or need.root is None or not len(need.rows):
@@ -136,12 +145,15 @@ def repair(
                 ),
                 data=find_origin(opened, data=data, root=root),
                 workers=workers,
-                max_failures=max_failures + len(need.failing) / len(opened),
+                max_failures=max_failures,
                 progress=progress or SilentProgress(),
                 keep_growths=True,
+                count_known_failures=False,
             )
             plan = _plan(need, need.root, _growth_to_continue(files, need))
-            result = _repaired(need, run, run.carry_out(plan, opened.spec))
+            recorded = _recorded_sha256(opened, need.damaged)
+            embedded = run.carry_out(plan, opened.spec)
+            result = _repaired(need, run, embedded, _other_bytes(files, recorded))
     return replace(result, seconds=round(time.perf_counter() - begun, 3))
 
 
@@ -158,6 +170,7 @@ class _Need:
     pending: NDArray[np.intp]
     failed_before: NDArray[np.intp]
     failing: Mapping[int, str]
+    missing: int | None
     changed: int | None
 
     @property
@@ -180,11 +193,11 @@ def _look(
         folder = find_root(store, data=data, root=root)
     is_damaged = np.array([cache.is_damaged(row) for row in lost.tolist()], dtype=bool)
     failing: dict[int, str] = {}
-    changed = None
+    missing, changed = None, None
     if folder is not None:
         _require_images(store, lost, folder, follow_links=follows_links(store))
         failing = _still_failing(cache, failed, folder, workers=workers)
-        changed = _count_changed(cache, folder)
+        missing, changed = _count_changed(cache, folder)
     return _Need(
         cache=cache,
         root=folder,
@@ -192,17 +205,19 @@ def _look(
         pending=lost[~is_damaged],
         failed_before=np.array([row for row in failed.tolist() if row not in failing], dtype=np.intp),
         failing=failing,
+        missing=missing,
         changed=changed,
     )
 
 
 def _require_images(store: FeatureStore, rows: NDArray[np.intp], root: Path, *, follow_links: bool) -> None:
     """Refuse a folder that has none of the images: their rows would be written as missing."""
-    files = [image_file(root, store.table.ids[row], follow_links=follow_links) for row in rows.tolist()]
+    ids = [store.table.ids[row] for row in rows.tolist()]
+    files = [image_file(root, path, follow_links=follow_links) for path in ids]
     if files and not any(map(os.path.exists, files)):
         raise DataError(
-            f"none of the {len(files):,} images to embed again is in {show_path(root)} "
-            f"(not even {show_path(store.table.ids[rows[0]])}). Pass where they are now as --data DATA."
+            f"none of the images to embed again ({len(files):,}, first {show_path(ids[0])}) "
+            f"is in {show_path(root)}. Pass the folder they are in now as --data DATA."
         )
 
 
@@ -227,11 +242,12 @@ def _still_failing(cache: CachedRows, rows: NDArray[np.intp], root: Path, *, wor
         return {row: reason for row, reason in reasons if reason is not None}
 
 
-def _count_changed(cache: CachedRows, root: Path) -> int:
-    """The sound rows whose file has not the recorded size, mtime and ctime, or is not there."""
+def _count_changed(cache: CachedRows, root: Path) -> tuple[int, int]:
+    """The sound rows whose file is not there, and those whose file has not the recorded stat."""
     ids = cache.store.table.ids
-    rows = np.flatnonzero(cache.status == RowStatus.OK).tolist()
-    return sum(not cache.has_stat(row, _stat(root, ids[row])) for row in rows)
+    stats = {row: _stat(root, ids[row]) for row in np.flatnonzero(cache.status == RowStatus.OK).tolist()}
+    missing = sum(stat == NO_FILE for stat in stats.values())
+    return missing, sum(not cache.has_stat(row, stat) for row, stat in stats.items()) - missing
 
 
 def _stat(root: Path, path: str) -> FileStat:
@@ -281,14 +297,47 @@ def _plan(need: _Need, root: Path, growth: CachedRows | None) -> ReusePlan:
     return plan
 
 
-def _repaired(need: _Need, run: Embedding, embedded: Embedded) -> RepairResult:
+def _recorded_sha256(store: FeatureStore, damaged: NDArray[np.intp]) -> dict[int, bytes]:
+    """{row: sha256} of the rows of damaged blocks of which only the features are damaged."""
+    check, layout = BlockCheck(store.layout), store.layout
+    recorded: dict[int, bytes] = {}
+    for block in np.unique(damaged // layout.block_rows).tolist():
+        with suppress(DiskError):
+            if check.is_declared(block) and check.has_sound_columns(block):
+                rows = layout.rows_of(block)
+                digests = layout.read(layout.sources, rows)["sha256"]
+                known = np.flatnonzero(digests.any(axis=1)).tolist()
+                recorded |= {rows.start + i: digests[i].tobytes() for i in known}
+    return recorded
+
+
+def _other_bytes(files: StoreFiles, recorded: Mapping[int, bytes]) -> list[str]:
+    """The ids of the rows that have features of other bytes than were recorded."""
+    if not recorded:
+        return []
+    store = FeatureStore.open(files.output, check=False)
+    have = store.sources["sha256"]
+    return [
+        store.table.ids[row]
+        for row, digest in recorded.items()
+        if store.row_status[row] == RowStatus.OK and have[row].tobytes() != digest
+    ]
+
+
+def _repaired(need: _Need, run: Embedding, embedded: Embedded, other_bytes: Sequence[str]) -> RepairResult:
     notes = [*embedded.notes, *_engine_note(need.cache.store, run)]
+    if other_bytes:
+        notes.append(
+            f"{plural(len(other_bytes), 'row')} of damaged blocks embedded from an image that is not the "
+            f"recorded one (first: {show_path(other_bytes[0])})"
+        )
     reasons = {**need.failing, **embedded.reasons}
     return _result(
         need,
         embedded=embedded.computed,
         failures=replace(embedded, reasons=reasons).failures(),
         notes=notes,
+        other_bytes=len(other_bytes),
     )
 
 
@@ -315,15 +364,20 @@ def _result(
     embedded: int,
     failures: Sequence[tuple[str, str]],
     notes: Sequence[str] = (),
+    other_bytes: int = 0,
     dry_run: bool = False,
 ) -> RepairResult:
     store = need.cache.store
-    if need.changed:
-        notes = [
-            *notes,
-            f"{need.changed:,} sound rows are left alone though the size, mtime or ctime of their image is "
-            "not the recorded one; `featcache embed` brings them up to date",
-        ]
+    left_alone = [
+        f"{plural(count, 'sound row')} left alone whose image {what}"
+        for count, what in (
+            (need.missing, "is not there"),
+            (need.changed, "has not the recorded size, times and inode"),
+        )
+        if count
+    ]
+    if left_alone:
+        notes = [*notes, *left_alone, "`featcache embed` brings the store up to date with its images"]
     return RepairResult(
         rows=len(store),
         embedded=embedded,
@@ -331,6 +385,8 @@ def _result(
         pending=len(need.pending),
         failed_before=len(need.failed_before),
         failed=len(failures),
+        other_bytes=other_bytes,
+        missing=need.missing,
         changed=need.changed,
         seconds=0.0,
         fingerprint=store.fingerprint,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.engines import Engine
+from featcache.engines.agreement import LARGEST_DIFFERENCE, LOWEST_COSINE
 from featcache.images.identity import ImageFailure, hash_image
+from featcache.images.paths import show_path
 from featcache.origin import find_origin, find_root, image_file
 from featcache.pipeline import default_workers, embed_files
 from featcache.progress import Progress, SilentProgress
@@ -22,10 +25,10 @@ from featcache.records import RowStatus
 from featcache.request import Embedder
 from featcache.store.blocks import BlockState
 from featcache.store.reader import FeatureStore
+from featcache.words import plural
 
-SAME_COSINE = 0.9999  # what two engines, devices or library versions must agree to, row by row
-_OTHER_BYTES = "its bytes are not those that were embedded"
 _SHOWN = 10  # rows named in a list for a terminal; --json has all
+_RATE_FROM = 50_000_000  # bytes; less is read too fast for its speed to mean anything
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,27 +42,59 @@ class DamagedRows:
     why: str
 
 
+@dataclass(kw_only=True)
+class OtherImages:
+    """The images that are not what was embedded, by id; of the unreadable ones with the reason."""
+
+    missing: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.missing) + len(self.changed) + len(self.unreadable)
+
+    def add(self, path: str, found: ImageFailure | None, *, same_bytes: bool) -> None:
+        """`found` is None for an image that was read, and then has other bytes."""
+        if found is not None and found.status == RowStatus.MISSING:
+            self.missing.append(path)
+        elif found is None or (found.sha256 is not None and not same_bytes):
+            self.changed.append(path)
+        else:
+            self.unreadable.append((path, found.reason))
+
+    def describe(self) -> list[str]:
+        return [
+            *_named("missing", [(path, "") for path in self.missing]),
+            *_named("changed", [(path, "") for path in self.changed]),
+            *_named("unreadable", self.unreadable),
+        ]
+
+
 @dataclass(frozen=True, kw_only=True)
 class SourceCheck:
-    """The images against the bytes that were embedded. `differ` has (id, what was found)."""
+    """The images against the bytes that were embedded.
+
+    not_compared: rows that are damaged or pending, or whose image could not be read when it was embedded.
+    """
 
     same: int
-    differ: tuple[tuple[str, str], ...]
+    other: OtherImages
+    not_compared: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recomputed:
     """Rows embedded again against the rows of the store, over all nodes.
 
-    disagree: (id, largest |Δ|, cosine) of rows whose cosine is below SAME_COSINE. left_out: (id, why) of rows
-    whose image is no longer what was embedded.
+    largest_difference, lowest_cosine: None where no row was compared. disagree: (id, largest |Δ|, cosine) of
+    rows that are farther apart than two engines may be. other: the images that are not what was embedded.
     """
 
     rows: int
-    largest_difference: float
-    lowest_cosine: float
+    largest_difference: float | None
+    lowest_cosine: float | None
     disagree: tuple[tuple[str, float, float], ...]
-    left_out: tuple[tuple[str, str], ...]
+    other: OtherImages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,54 +115,112 @@ class VerifyResult:
     @property
     def sound(self) -> bool:
         """Whether all that was checked agrees; pending and failed rows are no disagreement."""
-        return not (
-            self.damaged
-            or (self.sources and self.sources.differ)
-            or (self.recomputed and self.recomputed.disagree)
-        )
+        return self.verdict in ("sound", "pending")
+
+    @property
+    def verdict(self) -> str:
+        """`damaged`, `images differ`, `features differ`, `pending` or `sound`: the first that is the case."""
+        if self.damaged:
+            return "damaged"
+        if self._images_differ:
+            return "images differ"
+        if self.recomputed and self.recomputed.disagree:
+            return "features differ"
+        return "pending" if self.pending else "sound"
+
+    @property
+    def _images_differ(self) -> bool:
+        return any(check.other for check in (self.sources, self.recomputed) if check)
 
     def to_json(self) -> dict[str, Any]:
-        return {"sound": self.sound, **asdict(self)}
+        said: dict[str, Any] = _finite({"sound": self.sound, "verdict": self.verdict, **asdict(self)})
+        return said
 
     def describe(self) -> str:
-        speed = self.bytes / 1e9 / max(self.seconds, 1e-9)
+        store = show_path(self.store)
+        rate = self.bytes / 1e9 / max(self.seconds, 1e-9)
+        speed = f" ({rate:.1f} GB/s)" if self.bytes >= _RATE_FROM else ""
         lines = [
-            f"{self.store}: {self.rows:,} rows in {self.blocks:,} blocks, {self.bytes / 1e6:,.1f} MB checked "
-            f"in {self.seconds:.2f} s ({speed:.1f} GB/s)"
+            f"{store}: {plural(self.rows, 'row')} in {plural(self.blocks, 'block')}, "
+            f"{self.bytes / 1e6:,.1f} MB checked in {self.seconds:.2f} s{speed}"
         ]
         lines += _named(
             "damaged",
-            [(f"rows {d.first}-{d.last} ({d.first_id} … {d.last_id})", d.why) for d in self.damaged],
+            [
+                (f"rows {d.first}-{d.last} ({show_path(d.first_id)} … {show_path(d.last_id)})", d.why)
+                for d in self.damaged
+            ],
         )
         if self.damaged:
-            lines.append(f"  `featcache repair {self.store}` embeds just these rows again")
+            lines.append(f"  `featcache repair {store}` embeds just these rows again")
         if self.pending:
-            lines.append(f"{self.pending:,} rows are not embedded yet; the same `featcache embed` goes on")
+            lines.append(
+                f"{plural(self.pending, 'row')} not embedded yet; unless a run is writing the store now, the "
+                "same `featcache embed` goes on"
+            )
         if self.failed:
-            lines.append(f"{self.failed:,} rows have no features, as recorded; `featcache info` names them")
+            lines.append(
+                f"{plural(self.failed, 'row')} without features, as recorded; `featcache info` names them"
+            )
         if self.sources:
-            lines.append(f"{self.sources.same:,} images are the bytes that were embedded")
-            lines += _named("another image", self.sources.differ)
+            lines += _source_lines(self.sources)
         if self.recomputed:
             lines += _recomputed_lines(self.recomputed)
-        return "\n".join([*lines, "sound" if self.sound else "not sound"])
+        if self._images_differ:
+            lines.append(
+                f"  if the images have moved, pass --data DATA; else `featcache explain {store} --data DATA` "
+                "says why, and `featcache embed` brings the store up to date"
+            )
+        return "\n".join([*lines, self._last_line()])
+
+    def _last_line(self) -> str:
+        if self.verdict == "pending":
+            return f"sound so far, {plural(self.pending, 'row')} pending"
+        return {
+            "images differ": "sound, but not what the images are now",
+            "features differ": "sound, but not what the network gives now",
+        }.get(self.verdict, self.verdict)
+
+
+def _finite(value: Any) -> Any:
+    """Without the numbers that JSON has not."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _named(title: str, rows: Sequence[tuple[str, str]]) -> list[str]:
-    lines = [f"  {title}: {name}: {why}" for name, why in rows[:_SHOWN]]
+    lines = [f"  {title}: {show_path(name)}{why and ': '}{why}" for name, why in rows[:_SHOWN]]
     return lines + ([f"  … and {len(rows) - _SHOWN:,} more (--json lists all)"] if len(rows) > _SHOWN else [])
 
 
+def _source_lines(found: SourceCheck) -> list[str]:
+    lines = [f"{plural(found.same, 'image')} as embedded"]
+    if found.not_compared:
+        lines.append(
+            f"{plural(found.not_compared, 'row')} not compared with the image: damaged, pending, or failed "
+            "before the image was read"
+        )
+    if found.other:
+        lines += [f"{plural(len(found.other), 'image')} not as embedded:", *found.other.describe()]
+    return lines
+
+
 def _recomputed_lines(found: Recomputed) -> list[str]:
-    lines = [
-        f"{found.rows:,} rows embedded again: largest |Δ| {found.largest_difference:.2g}, "
-        f"lowest cosine {found.lowest_cosine:.7f}"
-    ]
+    figures = ""
+    if found.rows:
+        figures = f": largest |Δ| {found.largest_difference:.2g}, lowest cosine {found.lowest_cosine:.7f}"
+    lines = [f"{plural(found.rows, 'row')} embedded again and compared{figures}"]
     lines += _named(
         "disagrees",
         [(path, f"|Δ| {delta:.2g}, cosine {cosine:.5f}") for path, delta, cosine in found.disagree],
     )
-    return lines + _named("not compared", found.left_out)
+    if found.other:
+        lines.append(f"{plural(len(found.other), 'row')} not compared, the image not being as embedded:")
+        lines += found.other.describe()
+    return lines
 
 
 def verify(
@@ -176,7 +269,7 @@ def verify(
         store=str(opened.path),
         rows=len(opened),
         blocks=len(states),
-        bytes=os.path.getsize(opened.path),
+        bytes=len(opened.layout.buffer),
         seconds=round(seconds, 4),
         damaged=_damaged(opened, states),
         pending=sum(_length(opened, b) for b, state in enumerate(states) if state is BlockState.PENDING),
@@ -227,17 +320,18 @@ def _check_sources(images: _Images) -> SourceCheck:
     """Every image whose bytes were read when it was embedded, read again."""
     store = images.store
     rows = np.flatnonzero(store.done & store.sources["sha256"].any(axis=1)).tolist()
-    differ = []
+    other = OtherImages()
     images.progress.start("reading images", total=len(rows), unit="images")
     with ThreadPoolExecutor(images.workers) as pool:
         for row, identity in zip(rows, pool.map(hash_image, map(images.file, rows)), strict=True):
+            same_bytes = identity.sha256 == images.recorded_sha256(row)
             if isinstance(identity, ImageFailure):
-                differ.append((store.table.ids[row], identity.reason))
-            elif identity.sha256 != images.recorded_sha256(row):
-                differ.append((store.table.ids[row], _OTHER_BYTES))
+                other.add(store.table.ids[row], identity, same_bytes=same_bytes)
+            elif not same_bytes:
+                other.add(store.table.ids[row], None, same_bytes=False)
             images.progress.advance(1)
     images.progress.finish()
-    return SourceCheck(same=len(rows) - len(differ), differ=tuple(differ))
+    return SourceCheck(same=len(rows) - len(other), other=other, not_compared=len(store) - len(rows))
 
 
 def _recompute(images: _Images, engine: Engine, *, count: int, seed: int) -> Recomputed:
@@ -245,8 +339,8 @@ def _recompute(images: _Images, engine: Engine, *, count: int, seed: int) -> Rec
     store, ids = images.store, images.store.table.ids
     usable = np.flatnonzero(store.row_status == RowStatus.OK)
     rows = np.sort(np.random.default_rng(seed).permutation(usable)[:count]).tolist()
-    compared: list[tuple[str, float, float]] = []
-    left_out: list[tuple[str, str]] = []
+    compared: list[tuple[str, _Distance]] = []
+    other = OtherImages()
     left = iter(rows)
     images.progress.start("embedding again", total=len(rows), unit="images")
     for batch in embed_files(
@@ -257,38 +351,61 @@ def _recompute(images: _Images, engine: Engine, *, count: int, seed: int) -> Rec
     ):
         for place, outcome in enumerate(batch.outcomes):
             row = next(left)
+            same_bytes = outcome.sha256 == images.recorded_sha256(row)
             if isinstance(outcome, ImageFailure):
-                left_out.append((ids[row], outcome.reason))
-            elif outcome.sha256 != images.recorded_sha256(row):
-                left_out.append((ids[row], _OTHER_BYTES))
+                other.add(ids[row], outcome, same_bytes=same_bytes)
+            elif not same_bytes:
+                other.add(ids[row], None, same_bytes=False)
             else:
                 vectors = {key: array[place] for key, array in batch.features.items()}
-                compared.append((ids[row], *_compare(store, row, vectors)))
+                compared.append((ids[row], _compare(store, row, vectors)))
         images.progress.advance(len(batch.outcomes))
     images.progress.finish()
+    distances = [distance for _, distance in compared]
     return Recomputed(
         rows=len(compared),
-        largest_difference=max((delta for _, delta, _ in compared), default=0.0),
-        lowest_cosine=min((cosine for _, _, cosine in compared), default=1.0),
-        disagree=tuple(row for row in compared if not row[2] >= SAME_COSINE),
-        left_out=tuple(left_out),
+        # numpy's max and min pass NaN on.
+        largest_difference=float(np.max([d.largest for d in distances])) if distances else None,
+        lowest_cosine=float(np.min([d.cosine for d in distances])) if distances else None,
+        disagree=tuple((path, d.largest, d.cosine) for path, d in compared if not d.is_small),
+        other=other,
     )
 
 
-def _compare(
-    store: FeatureStore, row: int, vectors: Mapping[str, NDArray[np.float32]]
-) -> tuple[float, float]:
-    """The largest |Δ| and the lowest cosine over the nodes, in the store's dtype."""
-    pairs = []
-    for key, vector in vectors.items():
-        have = store.map(key)[row]
-        with np.errstate(over="ignore"):
-            pairs.append((have.astype(np.float64), vector.astype(have.dtype).astype(np.float64)))
-    return max(float(np.abs(a - b).max()) for a, b in pairs), min(_cosine(a, b) for a, b in pairs)
+@dataclass(frozen=True, kw_only=True)
+class _Distance:
+    """Between two vectors, or of several pairs the largest; NaN where a vector has one."""
+
+    largest: float  # |Δ|
+    cosine: float
+    of_length: float  # Euclidean, as a fraction of the length
+
+    @property
+    def is_small(self) -> bool:
+        """Whether two engines, devices or library versions may be that far apart."""
+        return self.cosine >= LOWEST_COSINE and self.of_length <= LARGEST_DIFFERENCE
 
 
-def _cosine(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+def _compare(store: FeatureStore, row: int, vectors: Mapping[str, NDArray[np.float32]]) -> _Distance:
+    """Over the nodes, in the store's dtype."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        distances = []
+        for key, vector in vectors.items():
+            have = store.map(key)[row]
+            distances.append(_distance(have.astype(np.float64), vector.astype(have.dtype).astype(np.float64)))
+    return _Distance(
+        largest=float(np.max([d.largest for d in distances])),
+        cosine=float(np.min([d.cosine for d in distances])),
+        of_length=float(np.max([d.of_length for d in distances])),
+    )
+
+
+def _distance(a: NDArray[np.float64], b: NDArray[np.float64]) -> _Distance:
     if np.array_equal(a, b):
-        return 1.0
+        return _Distance(largest=0.0, cosine=1.0, of_length=0.0)
     lengths = float(np.linalg.norm(a) * np.linalg.norm(b))
-    return float(a @ b) / lengths if lengths else 0.0
+    return _Distance(
+        largest=float(np.abs(a - b).max()),
+        cosine=float(a @ b) / lengths if lengths else 0.0,
+        of_length=float(np.linalg.norm(a - b) / (np.linalg.norm(b) or 1.0)),
+    )

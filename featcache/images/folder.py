@@ -36,7 +36,13 @@ def scan_folder(data: Path, *, root: Path | None = None, follow_links: bool = Fa
     records.sort(key=lambda record: record.path)
     classes = tuple(sorted({record.label for record in records if record.label is not None}))
     notes = (*walk.notes(), *_label_notes(records, classes))
-    return Listing(root=data.absolute(), records=tuple(records), classes=classes, notes=notes)
+    return Listing(
+        root=data.absolute(),
+        records=tuple(records),
+        classes=classes,
+        notes=notes,
+        unlisted=tuple(escape_path(os.path.join(folder, "")) for folder in walk.unreadable),
+    )
 
 
 def find_images(paths: Sequence[Path], *, follow_links: bool = False) -> tuple[list[Path], list[str]]:

@@ -73,7 +73,12 @@ def read_image(path: str | Path) -> ImageBytes | ImageFailure:
 
 def file_stat(result: os.stat_result) -> FileStat:
     """The part of a stat that tells whether a file is still the same."""
-    return FileStat(size=result.st_size, mtime_ns=result.st_mtime_ns, ctime_ns=result.st_ctime_ns)
+    return FileStat(
+        size=result.st_size,
+        mtime_ns=result.st_mtime_ns,
+        ctime_ns=result.st_ctime_ns,
+        inode=result.st_ino - (1 << 64) * (result.st_ino >> 63),  # as the int64 that a store keeps
+    )
 
 
 def _read(descriptor: int) -> ImageBytes | ImageFailure:

@@ -48,12 +48,17 @@ def make_record(
     return record
 
 
-def chain_crc(*arrays: NDArray[Any]) -> int:
-    """CRC-32 over the bytes of arrays, one after another."""
-    crc32, value = crc32_function(), 0
+def chain_crc(*arrays: NDArray[Any], start: int = 0) -> int:
+    """CRC-32 over the bytes of arrays, one after another, going on from `start`."""
+    crc32, value = crc32_function(), start
     for array in arrays:
         value = crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, value)
     return value
+
+
+def spec_crc(layout: StoreLayout) -> int:
+    """What the checksum of every block's features begins with, so that they pass for no other spec's."""
+    return zlib.crc32(layout.fingerprint.encode())
 
 
 class BlockCheck:
@@ -95,7 +100,8 @@ class BlockCheck:
         return bool(np.isin(status, _STATUS_OF_DONE_ROWS).all())
 
     def has_sound_features(self, block: int) -> bool:
-        return self._crc(self._features, block) == int(self._records[block]["features_crc"])
+        crc = self._crc(self._features, block, start=spec_crc(self._layout))
+        return crc == int(self._records[block]["features_crc"])
 
     def is_done(self, block: int) -> bool:
         """Whether the block is declared and every byte agrees with its checksums."""
@@ -125,9 +131,9 @@ class BlockCheck:
         """The blocks to compute: never declared, or declared by a record their data does not match."""
         return (block for block, state in enumerate(self.states()) if state is not BlockState.DONE)
 
-    def _crc(self, regions: Sequence[Region], block: int) -> int:
+    def _crc(self, regions: Sequence[Region], block: int, *, start: int = 0) -> int:
         """CRC-32 of a block's rows of some datasets, one after another, read in parts."""
-        crc32, value = crc32_function(), 0
+        crc32, value = crc32_function(), start
         rows = self._layout.rows_of(block)
         for region in regions:
             step = max(1, _CHECKED_AT_ONCE // max(region.row_bytes, 1))

@@ -66,16 +66,27 @@ class StoreFiles:
     def open_all(self) -> list[FeatureStore]:
         """Unfinished growths, the newest first, so that its rows are found first; then the store itself.
 
-        A damaged growth is passed over: what it held is computed again. Blocks are not checked.
+        One whose seal is broken is among them for its rows. A growth damaged otherwise is passed over: what
+        it held is computed again. Blocks are not checked.
         """
         stores = []
         with disk_errors(self.output, doing="opening"):
+            self.require_no_folders()
             for path in reversed(self.growths):
                 with suppress(StoreError):
-                    stores.append(FeatureStore.open(path, check=False))
+                    stores.append(FeatureStore.salvage(path))
             if self.output.exists():
-                stores.append(FeatureStore.open(self.output, check=False))
+                stores.append(FeatureStore.salvage(self.output))
         return stores
+
+    def require_no_folders(self) -> None:
+        """StoreError where a folder has the name of an unfinished store, which will be needed or removed."""
+        for path in (*self.half_created, *self.growths):
+            if path.is_dir() and not path.is_symlink():
+                raise StoreError(
+                    f"{path} is a folder, and its name is that of an unfinished store. "
+                    "Move or remove it, then run the same command again."
+                )
 
     def sync(self) -> None:
         """Return once what the store holds survives a power cut, whoever wrote it."""

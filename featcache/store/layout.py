@@ -37,7 +37,8 @@ _HASHED_AT_ONCE = 1 << 20  # bytes
 # What reading damaged structure, and the JSON in it, raises.
 _STRUCTURE_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, UnicodeError)
 
-SOURCE_DTYPE = np.dtype([("sha256", "u1", (32,)), ("size", "<i8"), ("mtime_ns", "<i8"), ("ctime_ns", "<i8")])
+STAT_COLUMNS = ("size", "mtime_ns", "ctime_ns", "inode")
+SOURCE_DTYPE = np.dtype([("sha256", "u1", (32,)), *((name, "<i8") for name in STAT_COLUMNS)])
 RECORD_DTYPE = np.dtype(
     {
         "names": [
@@ -113,6 +114,16 @@ class RowTable:
             classes=classes,
         )
 
+    @classmethod
+    def unknown(cls, n_rows: int) -> RowTable:
+        """The table of rows of which nothing is known but how many there are."""
+        return cls(
+            ids=("",) * n_rows,
+            labels=np.full(n_rows, NO_LABEL, dtype=np.int64),
+            splits=np.full(n_rows, NO_SPLIT, dtype=np.uint8),
+            classes=(),
+        )
+
     def equals(self, other: RowTable) -> bool:
         return (
             self.ids == other.ids
@@ -127,7 +138,12 @@ class RowTable:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StoreLayout:
-    """The checked structure of a store, and its bytes as they were found: the map outlives a rename."""
+    """The checked structure of a store, and its bytes as they were found: the map outlives a rename.
+
+    sealed: whether the seal matches. Where it does not, nothing can be believed but the spec, which matches
+    its fingerprint, and the rows of blocks that match their checksums: the table is unknown, the provenance
+    empty.
+    """
 
     path: Path
     buffer: Any  # a MappedFile; in memory, any buffer
@@ -141,6 +157,7 @@ class StoreLayout:
     row_status: Region
     sources: Region
     blocks: Region
+    sealed: bool = True
 
     @property
     def n_rows(self) -> int:
@@ -275,8 +292,10 @@ def _fixed_text(texts: tuple[str, ...]) -> NDArray[np.bytes_]:
     return np.array([text.encode() for text in texts] or np.empty(0, "S1"), dtype=np.bytes_)
 
 
-def read_layout(path: Path) -> StoreLayout:
+def read_layout(path: Path, *, salvage: bool = False) -> StoreLayout:
     """Open the structure of a store and check every claim it makes.
+
+    salvage: a broken seal is no error, see `StoreLayout.sealed`.
 
     NotAStore: another kind of file, a newer version, or an HDF5 feature a store never has. DamagedStore: a
     store whose structure does not hold together.
@@ -285,7 +304,7 @@ def read_layout(path: Path) -> StoreLayout:
     try:
         # What is mapped is what is read: a grown store may take the name meanwhile.
         with read_errors(path):
-            return _check_structure(read_root(file, len(file)), path, file)
+            return _check_structure(read_root(file, len(file)), path, file, salvage=salvage)
     except ForeignHDF5 as exc:
         file.release()
         raise NotAStore(
@@ -306,7 +325,13 @@ def read_layout(path: Path) -> StoreLayout:
 def _map_file(path: Path) -> MappedFile:
     try:
         with read_errors(path), open_regular(path) as file:
-            if file.read(len(SIGNATURE)) != SIGNATURE:
+            start = file.read(len(SIGNATURE) + 1)
+            if start[len(SIGNATURE) :] == b"{":
+                raise NotAStore(
+                    f"{path} is a model, not a feature store; `featcache info {path}` says what it was "
+                    "fitted on."
+                )
+            if start[: len(SIGNATURE)] != SIGNATURE:
                 raise NotAStore(
                     f"{path} is not an HDF5 file; a store is made by `featcache embed DATA -o STORE.h5`."
                 )
@@ -326,9 +351,14 @@ def _first_line(exc: BaseException) -> str:
     return (str(exc).splitlines() or [type(exc).__name__])[0][:160]
 
 
-def _check_structure(root: Group, path: Path, buffer: MappedFile) -> StoreLayout:
+def _check_structure(root: Group, path: Path, buffer: MappedFile, *, salvage: bool) -> StoreLayout:
     texts = _read_texts(root, path)
-    spec = FeatureSpec.from_json(texts["spec"])
+    spec = FeatureSpec.from_json(texts["spec"].decode())
+    if spec.fingerprint().encode() != texts["fingerprint"]:
+        raise DamagedStore(
+            f"{path} is damaged: its spec does not match its fingerprint, so that nothing says what its "
+            "features are. Restore it from a copy, or delete it and embed again."
+        )
     regions = _Regions(root, path, len(buffer))
     labels = regions.take("labels", np.dtype("<i8"))
     n = labels.shape[0]
@@ -346,52 +376,62 @@ def _check_structure(root: Group, path: Path, buffer: MappedFile) -> StoreLayout
     regions.refuse_overlap()
 
     sealed = compute_seal(buffer, len(buffer), [*features.values(), row_status, sources, blocks, seal])
-    if seal.read(buffer).tobytes() != sealed.encode() or spec.fingerprint() != texts["fingerprint"]:
+    is_sealed = seal.read(buffer).tobytes() == sealed.encode()
+    if not is_sealed and not salvage:
         raise DamagedStore(
-            f"{path} is damaged: its ids, labels, classes, spec or structure do not match the checksum they "
-            "were sealed with. Restore it from a copy, or delete it and embed again."
+            f"{path} is damaged: its ids, labels, classes or structure do not match the checksum they were "
+            "sealed with, and nothing of it is served. Restore it from a copy, or make it anew with "
+            f"`featcache embed DATA -o {path}`, which takes over the rows that are sound."
         )
-    provenance = json.loads(texts["provenance"])
-    if not isinstance(provenance, dict):
-        raise ValueError("provenance is a JSON object")
-    require_shallow(provenance)
-    table = RowTable(
-        ids=tuple(raw.decode() for raw in ids.read(buffer).tolist()),
-        labels=labels.read(buffer).astype(np.int64),
-        splits=splits.read(buffer),
-        classes=tuple(raw.decode() for raw in classes.read(buffer).tolist()),
-    )
-    if not _is_sound(table):
-        raise DamagedStore(
-            f"{path} is damaged: its ids are not unique, or its labels or splits name none there are. "
-            "Delete it and embed again."
+    table = RowTable.unknown(n)
+    if is_sealed:
+        table = RowTable(
+            ids=tuple(raw.decode() for raw in ids.read(buffer).tolist()),
+            labels=labels.read(buffer).astype(np.int64),
+            splits=splits.read(buffer),
+            classes=tuple(raw.decode() for raw in classes.read(buffer).tolist()),
         )
+        _require_sound(table, path)
     return StoreLayout(
         path=path,
         buffer=buffer,
         spec=spec,
-        fingerprint=texts["fingerprint"],
-        uuid=texts["uuid"],
-        provenance=provenance,
+        fingerprint=spec.fingerprint(),
+        uuid=texts["uuid"].decode() if is_sealed else "",
+        provenance=_read_provenance(texts["provenance"]) if is_sealed else {},
         block_rows=block_rows,
         table=table,
         features=features,
         row_status=row_status,
         sources=sources,
         blocks=blocks,
+        sealed=is_sealed,
     )
 
 
-def _is_sound(table: RowTable) -> bool:
+def _read_provenance(text: bytes) -> Mapping[str, Any]:
+    provenance = json.loads(text.decode())
+    if not isinstance(provenance, dict):
+        raise ValueError("provenance is a JSON object")
+    require_shallow(provenance)
+    return provenance
+
+
+def _require_sound(table: RowTable, path: Path) -> None:
     labels, splits = table.labels, table.splits
-    return (
+    if (
         len(set(table.ids)) == len(table.ids)
         and bool(np.all((labels >= NO_LABEL) & (labels < len(table.classes))))
         and bool(np.all((splits < len(SPLITS)) | (splits == NO_SPLIT)))
+    ):
+        return
+    raise DamagedStore(
+        f"{path} is damaged: its ids are not unique, or its labels or splits name none there are. "
+        "Delete it and embed again."
     )
 
 
-def _read_texts(root: Group, path: Path) -> dict[str, str]:
+def _read_texts(root: Group, path: Path) -> dict[str, bytes]:
     texts = {}
     for name in _TEXT_ATTRIBUTES:
         attribute = root.attributes.get(name)
@@ -405,13 +445,13 @@ def _read_texts(root: Group, path: Path) -> dict[str, str]:
             raise NotAStore(f"{path}: attribute {name!r} is not fixed-length text, as a store's are.")
         if attribute.shape != () or len(attribute.value) != size:
             raise NotAStore(f"{path}: attribute {name!r} has a shape or size no store has.")
-        texts[name] = attribute.value.rstrip(b"\0").decode()
-        if name == "encoding-type" and texts[name] != ENCODING_TYPE:
-            raise NotAStore(f"{path} holds {texts[name]!r}, not {ENCODING_TYPE!r}.")
-        if name == "encoding-version" and texts[name] != ENCODING_VERSION:
+        text = texts[name] = attribute.value.rstrip(b"\0")
+        if name == "encoding-type" and text != ENCODING_TYPE.encode():
+            raise NotAStore(f"{path} holds {text.decode()!r}, not {ENCODING_TYPE!r}.")
+        if name == "encoding-version" and text != ENCODING_VERSION.encode():
             raise NotAStore(
-                f"{path} is written by format {texts[name]}; this featcache reads format {ENCODING_VERSION}. "
-                "Upgrade featcache."
+                f"{path} is written by format {text.decode()}; this featcache reads format "
+                f"{ENCODING_VERSION}. Upgrade featcache."
             )
     return texts
 

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from featcache.disk import disk_errors, sync_data, write_at
+from featcache.disk import disk_errors, keep_standard_streams, sync_data, write_at
 from featcache.errors import DiskError, StoreLocked
 from featcache.store.filesystem import filesystem_of
 
@@ -55,6 +55,7 @@ os.register_at_fork(after_in_child=_hold_nothing)
 @contextmanager
 def write_lock(store: Path) -> Iterator[None]:
     """Hold the exclusive right to write `store`; StoreLocked says who has it otherwise."""
+    keep_standard_streams()
     real = Path(os.path.realpath(store))
     path = real.with_name(real.name + ".lock")
     with _held_guard:

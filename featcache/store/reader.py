@@ -43,6 +43,15 @@ class FeatureStore:
             store.check()
         return store
 
+    @classmethod
+    def salvage(cls, path: str | os.PathLike[str]) -> Self:
+        """Open a store, blocks unchecked, also where its seal is broken: for whoever makes it anew.
+
+        Rows of a store that is not `sealed` are known by the sha256 in `sources` alone, once `inspect` has
+        found their blocks sound.
+        """
+        return cls(read_layout(Path(path), salvage=True))
+
     def __enter__(self) -> Self:
         return self
 
@@ -56,6 +65,11 @@ class FeatureStore:
     @property
     def spec(self) -> FeatureSpec:
         return self.layout.spec
+
+    @property
+    def sealed(self) -> bool:
+        """Whether what is not rows is as it was written; always so for a store opened by `open`."""
+        return self.layout.sealed
 
     @property
     def fingerprint(self) -> str:
@@ -102,7 +116,7 @@ class FeatureStore:
 
     @cached_property
     def sources(self) -> NDArray[Any]:
-        """Structured ndarray (n_rows,): sha256, size, mtime_ns, ctime_ns of each image as it was embedded."""
+        """Structured ndarray (n_rows,) of SOURCE_DTYPE: sha256 and stat of each image as it was embedded."""
         return self.layout.map(self.layout.sources)
 
     def status_counts(self) -> dict[RowStatus, int]:
@@ -156,6 +170,8 @@ class FeatureStore:
         IncompleteStore when rows are still pending, unless `partial` asks for the complete blocks only.
         """
         chosen = self.node(node)
+        if not self.sealed:
+            raise DamagedStore(f"{self.path} is damaged: nothing says which image is which of its rows.")
         if not partial and not self.complete:
             raise IncompleteStore(
                 f"{self.path} is not complete: {int((~self.done).sum())} of {len(self)} rows are pending. "

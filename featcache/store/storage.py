@@ -6,6 +6,7 @@ import io
 import mmap
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Protocol, Self
 
 _PAGE = 1 << 16  # bytes
@@ -32,6 +33,13 @@ class MappedFile(mmap.mmap):
         mapped = cls(fd, 0, access=mmap.ACCESS_READ)
         mapped._file = _KeptFile(os.dup(fd), "rb")
         return mapped
+
+    def is_still(self, path: Path) -> bool:
+        """Whether `path` leads to this very file."""
+        try:
+            return os.path.samestat(os.stat(path), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            return False
 
     def release(self) -> None:
         """Close it now, where nobody holds an array of it."""

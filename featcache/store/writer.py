@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from featcache.disk import disk_errors, sync_data, sync_directory, write_at
 from featcache.errors import DiskError
 from featcache.records import RowStatus
-from featcache.store.blocks import BlockCheck, chain_crc, make_record
+from featcache.store.blocks import BlockCheck, chain_crc, make_record, spec_crc
 from featcache.store.layout import Region, StoreLayout
 
 GROUP_BYTES = 16 << 20
@@ -95,7 +95,7 @@ class StoreWriter:
         record = make_record(
             first_row=rows.start,
             rows=n,
-            features_crc=chain_crc(*ordered),
+            features_crc=chain_crc(*ordered, start=spec_crc(layout)),
             columns_crc=chain_crc(row_status, sources),
             sequence=self._sequence,
         )

@@ -38,7 +38,7 @@ from featcache.errors import FeatcacheError
 from featcache.heads import HEADS
 from featcache.model import Model, content_digest
 from featcache.records import SPLITS, RowStatus
-from featcache.store.layout import SEAL_DTYPE, Region, StoreLayout, read_layout
+from featcache.store.layout import SEAL_DTYPE, STAT_COLUMNS, Region, StoreLayout, read_layout
 from featcache.store.reader import FeatureStore
 
 MEMORY = 1 << 30  # bytes a child may take beyond what its parent has
@@ -167,7 +167,7 @@ def mutate_records(rng: random.Random, originals: Originals) -> bytes:
     if what == "status":
         _view(data, layout.row_status)[rows] = rng.choice([0, 2, 3, 7, 8, 99, 255])
     elif what == "sources":
-        field = rng.choice(["size", "mtime_ns", "ctime_ns"])
+        field = rng.choice(list(STAT_COLUMNS))
         _view(data, layout.sources)[rows][field] = rng.choice([-1, -(2**63), 2**63 - 1])
     elif what == "features":
         region = rng.choice(list(layout.features.values()))
@@ -180,7 +180,8 @@ def mutate_records(rng: random.Random, originals: Originals) -> bytes:
         field = rng.choice([name for name in record.dtype.names if name not in ("magic", "record_crc")])
         record[field] = rng.choice(NUMBERS) % (1 << 8 * record.dtype[field].itemsize)
     if what != "record":
-        features = b"".join(_view(data, region)[rows].tobytes() for region in layout.features.values())
+        vectors = (_view(data, region)[rows].tobytes() for region in layout.features.values())
+        features = layout.fingerprint.encode() + b"".join(vectors)
         columns = _view(data, layout.row_status)[rows].tobytes() + _view(data, layout.sources)[rows].tobytes()
         record["features_crc"], record["columns_crc"] = zlib.crc32(features), zlib.crc32(columns)
     record["record_crc"] = zlib.crc32(record.tobytes()[:60])
