@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import threading
 from pathlib import Path
 
@@ -272,3 +273,24 @@ def test_blocks_of_another_spec_are_not_sound(tmp_path: Path) -> None:
             file.write(one.read(there).tobytes())
     with pytest.raises(DamagedStore, match="rows 0-9 do not match"):
         FeatureStore.open(path)
+
+
+def test_a_name_is_not_taken_before_what_freed_it_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed run may have renamed the growth of that name and not synced its folder."""
+    calls = []
+    sync, replace = os.fsync, os.replace
+
+    def noted_sync(fd: int) -> None:
+        calls.append("sync folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "sync file")
+        sync(fd)
+
+    def noted_replace(source: Path, target: Path) -> None:
+        calls.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    make_toy_store(tmp_path / "s.h5.growing", n=4, fill=False)
+    assert calls == ["sync folder", "sync file", "rename", "sync folder"]

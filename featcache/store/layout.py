@@ -19,7 +19,14 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.disk import NotARegularFile, create_whole, disk_errors, open_regular, read_errors
+from featcache.disk import (
+    NotARegularFile,
+    create_whole,
+    disk_errors,
+    open_regular,
+    read_errors,
+    sync_directory,
+)
 from featcache.errors import DamagedStore, DiskError, FeatcacheError, NotAStore, StoreError
 from featcache.records import SPLITS, ImageRecord
 from featcache.spec import FeatureSpec, require_shallow
@@ -191,6 +198,9 @@ def create_store(
     structure = SparseBytes()
     _lay_out(structure, spec=spec, table=table, provenance=provenance, block_rows=block_rows)
     with disk_errors(path, doing="creating"):
+        # A killed run may have freed the name `path` by a rename that is not on the disk yet. Where a file
+        # system keeps no order, taking the name first would take it from the file that still has it there.
+        sync_directory(path.parent)
         temporary = path.with_name(path.name + ".creating")
         create_whole(path, structure.size, structure.extents(), temporary=temporary)
 

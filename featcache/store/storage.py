@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import mmap
 import os
@@ -51,8 +52,8 @@ class MappedFile(mmap.mmap):
             raise OSError(f"the file ends at byte {len(self):,}")
         while target:
             got = os.preadv(self._file.fileno(), [target], offset)
-            if not got:
-                raise OSError(f"the file ends at byte {offset:,}")
+            if not got:  # cut short since it was mapped
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
             target, offset = target[got:], offset + got
 
 
