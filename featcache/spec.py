@@ -58,6 +58,10 @@ class FeatureNode:
     pooling: Pooling = "none"
     num_features: int
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.num_features, int) or self.num_features < 1:
+            raise ValueError(f"num_features is a positive whole number, not {str(self.num_features)[:20]!r}")
+
     @property
     def key(self) -> str:
         """The name of the node's dataset in a store: `penultimate`, `layer3:avg`."""
