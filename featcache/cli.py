@@ -128,7 +128,7 @@ def main() -> None:
     """
 
 
-@main.command()
+@main.command(short_help="Embed images into a feature store, only what it lacks.")
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path, dir_okay=False), metavar="STORE.h5",
@@ -189,7 +189,7 @@ def embed(ctx: click.Context, /, data: Path, *, as_json: bool, quiet: bool, **op
         ctx.exit(DONE_WITH_SKIPS)
 
 
-@main.command()
+@main.command(short_help="Compare a store with its checksums and images.")
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option("--sources", is_flag=True, help="Compare every image with the bytes that were embedded.")
 @click.option(
@@ -226,7 +226,7 @@ def verify(ctx: click.Context, /, store: Path, *, as_json: bool, quiet: bool, **
         ctx.exit(DONE_WITH_SKIPS)
 
 
-@main.command()
+@main.command(short_help="Embed damaged, failed and pending rows again.")
 @click.argument("store", type=click.Path(path_type=Path))
 @moved_data_option
 @root_option
@@ -257,7 +257,7 @@ def repair(ctx: click.Context, /, store: Path, *, as_json: bool, quiet: bool, **
         ctx.exit(DONE_WITH_SKIPS)
 
 
-@main.command()
+@main.command(short_help="Say what features are of, and what is reused.")
 @click.argument("store", type=click.Path(path_type=Path))
 @click.argument("other", required=False, type=click.Path(path_type=Path), metavar="[OTHER.h5]")
 @click.option(
@@ -311,7 +311,7 @@ def explain(store: Path, other: Path | None, *, as_json: bool, quiet: bool, **op
     _emit(run(store, other, progress=make_progress(quiet=quiet), **options), as_json=as_json)
 
 
-@main.command()
+@main.command(short_help="Choose, fit and score a head on cached features.")
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), metavar="MODEL",
@@ -411,7 +411,7 @@ def info(file: Path, *, as_json: bool) -> None:
     _emit(run(file), as_json=as_json)
 
 
-@main.command()
+@main.command(short_help="List the networks, and whose weights are here.")
 @json_option
 def backbones(*, as_json: bool) -> None:
     """List the backbones: dimension, parameters, where their weights come from and whether they are here."""
@@ -420,7 +420,7 @@ def backbones(*, as_json: bool) -> None:
     _emit(run(), as_json=as_json)
 
 
-@main.command()
+@main.command(short_help="Show the whole way on photographs of fruit.")
 @click.option(
     "--folder", type=click.Path(path_type=Path, file_okay=False), default=Path("featcache-demo"),
     show_default=True, help="Where the photographs, the store and the model go.",
