@@ -20,25 +20,31 @@ LAYERS = (
     {"commands"},
     {
         "embedding",
+        "together",
+        "update",
         "explanation",
+        "forecast",
         "request",
         "origin",
         "filling",
         "reuse",
+        "sharding",
         "pipeline",
         "engines",
         "evaluate",
         "model",
     },
     {"images", "backbones", "store", "heads"},
-    {"spec", "records", "progress", "versions", "disk", "interrupts", "words"},
+    {"spec", "records", "progress", "versions", "disk", "interrupts", "words", "processors"},
     {"errors"},
 )
 # The operations that build on other operations: {importer: imported}.
 WITHIN_A_LAYER = {
     "cli": {"demo"}, "__main__": {"cli"}, "pipeline": {"engines"}, "filling": {"pipeline", "reuse"},
-    "request": {"engines"}, "explanation": {"reuse"},
-    "embedding": {"filling", "pipeline", "request", "reuse"},
+    "request": {"engines"}, "explanation": {"reuse"}, "sharding": {"reuse"},
+    "embedding": {"filling", "pipeline", "request", "reuse"}, "together": {"embedding", "pipeline"},
+    "update": {"embedding", "forecast", "reuse", "sharding"},
+    "forecast": {"embedding", "pipeline", "request", "reuse"},
 }  # fmt: skip
 ROOMS = {
     "click": {"cli"},
@@ -51,7 +57,8 @@ ROOMS = {
     "sklearn": {"heads", "evaluate"},
     "skops": {"heads"},
     "pyarrow": {"demo"},
-    "torch": {"backbones", "engines", "heads", "store"},
+    "simplejpeg": {"images"},
+    "torch": {"backbones", "engines", "heads", "images", "store"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -121,6 +128,6 @@ def test_the_command_line_starts_without_the_heavy_libraries() -> None:
     assert not loaded & {"torch", "torchvision", "sklearn", "h5py", "numpy", "PIL", "scipy"}
 
 
-@pytest.mark.parametrize("verb", ["info", "fit", "embed", "verify", "repair", "explain"])
+@pytest.mark.parametrize("verb", ["info", "fit", "embed", "verify", "repair", "explain", "merge", "plan"])
 def test_a_verb_is_imported_without_torch(verb: str) -> None:
     assert not loaded_after(f"import featcache.commands.{verb}") & {"torch", "torchvision", "timm"}

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.heads.threads import in_threads, n_threads
+from featcache.heads.threads import in_threads
+from featcache.processors import usable_processors
 
 TILE_VALUES = 4_000_000  # logits a thread holds at a time: 16 MB
 
@@ -99,7 +100,7 @@ class SoftmaxRows:
 
     def _map(self, work: Callable[[Block, Any], None], shape: tuple[int, int, int] | None) -> list[Any]:
         """`work` on every block with the totals of its thread; the totals of all threads."""
-        threads = min(n_threads(), len(self.blocks))
+        threads = min(usable_processors(), len(self.blocks))
 
         def run(first: int) -> Any:
             total = _zeros(shape) if shape else None

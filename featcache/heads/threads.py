@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,16 +10,10 @@ from typing import TypeVar
 
 from threadpoolctl import threadpool_limits
 
+from featcache.processors import usable_processors
+
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-def n_threads() -> int:
-    """The processors that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS
-        return os.cpu_count() or 1
 
 
 _single = ContextVar("single", default=False)
@@ -42,7 +35,7 @@ def one_blas_thread() -> Iterator[None]:
 
 def in_threads(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
     """`work` of every item, in order."""
-    threads = min(n_threads(), len(items))
+    threads = min(usable_processors(), len(items))
     if threads <= 1:
         return [work(item) for item in items]
     with one_blas_thread(), ThreadPoolExecutor(threads) as pool:
