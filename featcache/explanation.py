@@ -57,12 +57,18 @@ FIELDS = {
         "what becomes of the camera's orientation",
         "pictures with an orientation are seen turned",
     ),
+    "preprocessing.jpeg": (
+        "whether the decoder of JPEGs shrinks large ones on the way",
+        "large JPEGs have other pixels, so their features differ",
+    ),
     "compute_dtype": (
         "precision of the forward pass",
         "the network computes in another precision, so every feature differs a little",
     ),
     "store_dtype": ("precision of the stored features", "the features are rounded differently"),
     "views": ("views of each image", "another number of vectors an image"),
+    "views_seed": ("what the views after the first are drawn by", "the views show other parts of the images"),
+    "augmentation": ("how they are drawn", "the views are drawn by another rule"),
 }
 
 

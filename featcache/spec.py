@@ -14,19 +14,23 @@ Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "ham
 Pooling = Literal["none", "avg", "max", "cls"]
 Precision = Literal["float32", "bfloat16", "float16"]
 StoreDtype = Literal["float32", "float16"]
+JpegScale = Literal["full", "scaled"]
 
 PENULTIMATE = "penultimate"
 
 # What `images.decode` does with every mode of picture; a change of behaviour there is a new name here.
 COLOR_POLICY = "rgb-over-white-1"
 EXIF_POLICY = "transpose"
+# What `images.views` draws for the views after the first; a change of the draw is a new name here.
+AUGMENTATION = "random-resized-crop-flip-1"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
     """How an image becomes the network's input: resize the shorter side, crop the centre, normalise.
 
-    Sizes are pixels. `mean` and `std` are per RGB channel for values scaled to [0, 1].
+    Sizes are pixels. `mean` and `std` are per RGB channel for values scaled to [0, 1]. With jpeg "scaled" the
+    decoder of JPEGs shrinks large ones by 2, 4 or 8 on the way, which is faster and gives other pixels.
     """
 
     resize_size: int
@@ -37,6 +41,7 @@ class Preprocessing:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     color: str = COLOR_POLICY
     exif: str = EXIF_POLICY
+    jpeg: JpegScale = "full"
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
@@ -48,6 +53,21 @@ class Preprocessing:
             raise ValueError(f"interpolation {self.interpolation!r} is none of {get_args(Interpolation)}")
         if any(s <= 0 for s in self.std):
             raise ValueError(f"std is positive, not {self.std}")
+        if self.jpeg not in get_args(JpegScale):
+            raise ValueError(f"jpeg {self.jpeg!r} is none of {get_args(JpegScale)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """One picture made of an image: the plain one, view 0, or an augmented view drawn by `seed`."""
+
+    preprocessing: Preprocessing
+    view: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.view < 0:
+            raise ValueError(f"views are counted from 0, not {self.view}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +93,8 @@ class FeatureSpec:
     """Everything that determines the features of an image, and nothing else.
 
     Batch size, workers, paths, device, engine and library versions are recorded beside the spec, never in it.
+    views: vectors of each image; the first is of the plain picture, the others of views that `augmentation`
+    draws by `views_seed`, which are 0 and "" where there are no others.
     """
 
     backbone: str
@@ -82,10 +104,30 @@ class FeatureSpec:
     compute_dtype: Precision = "float32"
     store_dtype: StoreDtype = "float32"
     views: int = 1
+    views_seed: int = 0
+    augmentation: str = ""
+
+    def __post_init__(self) -> None:
+        for name, least in (("views", 1), ("views_seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} is a whole number from {least}, not {str(value)[:20]!r}")
+        drawn = self.views > 1
+        # What draws no view determines nothing: it must not make another fingerprint.
+        object.__setattr__(self, "views_seed", self.views_seed if drawn else 0)
+        object.__setattr__(self, "augmentation", (self.augmentation or AUGMENTATION) if drawn else "")
 
     def to_json(self) -> str:
-        """Canonical JSON: sorted keys, no white space, so that equal specs are equal bytes."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        """Canonical JSON: sorted keys, no white space, so that equal specs are equal bytes.
+
+        A field that came later is left out where it has no effect: specs written before it keep their bytes.
+        """
+        raw = asdict(self)
+        if self.views == 1:
+            del raw["views_seed"], raw["augmentation"]
+        if self.preprocessing.jpeg == "full":
+            del raw["preprocessing"]["jpeg"]
+        return json.dumps(raw, sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> FeatureSpec:
@@ -97,6 +139,21 @@ class FeatureSpec:
         pre = raw["preprocessing"]
         raw["preprocessing"] = Preprocessing(**{**pre, "mean": tuple(pre["mean"]), "std": tuple(pre["std"])})
         return cls(**raw)
+
+    def pictures(self) -> tuple[Picture, ...]:
+        """The pictures of an image, one a vector; ValueError where another version draws them."""
+        if self.augmentation not in ("", AUGMENTATION):
+            raise ValueError(f"this version draws views with {AUGMENTATION}, not {self.augmentation}")
+        return tuple(
+            Picture(preprocessing=self.preprocessing, view=view, seed=self.views_seed)
+            for view in range(self.views)
+        )
+
+    def datasets(self) -> dict[str, int]:
+        """{name of a dataset of a store: num_features}, one for each node and view."""
+        return {
+            view_key(node.key, view): node.num_features for node in self.nodes for view in range(self.views)
+        }
 
     def fingerprint(self) -> str:
         """sha256 of the canonical JSON, 64 hexadecimal digits."""
@@ -115,6 +172,11 @@ class FeatureSpec:
             else:
                 rows[field.name] = value
         return rows
+
+
+def view_key(key: str, view: int) -> str:
+    """The name of a node's dataset in a store for one of the views: `penultimate`, `penultimate@1`."""
+    return f"{key}@{view}" if view else key
 
 
 def spec_differences(have: FeatureSpec, want: FeatureSpec) -> Mapping[str, tuple[object, object]]:

@@ -48,7 +48,7 @@ TRAPS = (
     ),
     Trap(
         name="3 squash instead of resize and crop",
-        file="images/decode.py",
+        file="images/resize.py",
         honest="    if width <= height:\n        return shorter, int(shorter * height / width)\n"
         "    return int(shorter * width / height), shorter\n",
         trapped="    return shorter, shorter\n",

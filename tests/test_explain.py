@@ -87,6 +87,7 @@ PREPROCESSING_CHANGES: list[tuple[dict[str, Any], str, object, object]] = [
         ("std", (0.229, 0.224, 0.225), (0.5, 0.5, 0.5)),
         ("color", "rgb-over-white-1", "rgb-over-white-2"),
         ("exif", "transpose", "ignore"),
+        ("jpeg", "full", "scaled"),
     )
 ]
 
@@ -111,7 +112,7 @@ def test_the_one_field_in_which_two_stores_differ_is_named(
 def test_every_field_is_tried_above() -> None:
     tried = {change[1] for change in (*SPEC_CHANGES, *PREPROCESSING_CHANGES)}
     # Another test has the nodes; only one view can be stored yet.
-    assert tried | {"nodes", "num_features", "views"} == set(FIELDS)
+    assert tried | {"nodes", "num_features", "views", "views_seed", "augmentation"} == set(FIELDS)
     assert {f.name for f in fields(FeatureSpec)} == {name.split(".")[0] for name in FIELDS} - {"num_features"}
     assert {f.name for f in fields(Preprocessing)} == {name.split(".")[1] for name in FIELDS if "." in name}
 

@@ -1,4 +1,4 @@
-"""Decoding: what every kind of picture becomes, and what every kind of bad file gets."""
+"""Decoding: what every kind of picture becomes, and what every kind of bad file gets, by either decoder."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as torchvision_functional
 from torchvision.transforms._presets import ImageClassification
-from torchvision.transforms.functional import center_crop, normalize, resize, to_tensor
+from torchvision.transforms.functional import center_crop, normalize, to_tensor
 
-from featcache.images import decode, identity
-from featcache.images.decode import LoadedImage, load_image
+from featcache.images import decode, identity, opening, resize
+from featcache.images.decode import Decoder, LoadedImage, load_image
 from featcache.images.identity import ImageFailure, ImageIdentity, hash_image
 from featcache.records import RowStatus
 from featcache.spec import Preprocessing
 
 SMALL = Preprocessing(resize_size=8, crop_size=8)
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
+DECODERS = get_args(Decoder)
 
 
 def _noise(width: int, height: int, *, mode: str = "RGB") -> Image.Image:
@@ -52,15 +55,21 @@ def _load(path: Path, preprocessing: Preprocessing = SMALL) -> LoadedImage:
 
 
 def _failure(path: Path, **options: int) -> ImageFailure:
-    failure = load_image(path, SMALL, **options)
+    failures = [load_image(path, SMALL, decoder=decoder, **options) for decoder in DECODERS]
+    failure = failures[0]
     assert isinstance(failure, ImageFailure)
     assert "\n" not in failure.reason
+    assert [(f.status, f.reason) for f in failures[1:]] == [(failure.status, failure.reason)]
     return failure
 
 
 def _pixels(folder: Path, image: Image.Image, image_format: str = "PNG", **options: object) -> np.ndarray:
     """The pixels of an 8 x 8 picture after a round trip, untouched by resizing."""
-    return _load(_file(folder, _encoded(image, image_format, **options))).pixels
+    path = _file(folder, _encoded(image, image_format, **options))
+    pixels = _load(path).pixels
+    fast = load_image(path, SMALL, decoder="fast").pixels
+    assert np.abs(fast - pixels.astype(int)).max() <= (0 if image.size == (8, 8) else 1)
+    return pixels
 
 
 # --- geometry -------------------------------------------------------------------------------------------
@@ -75,7 +84,7 @@ def test_pixels_are_those_of_torchvision(
     image = _noise(*size)
     resize_size, crop_size = sizes
     mode = InterpolationMode(interpolation)
-    wanted = np.asarray(center_crop(resize(image, [resize_size], mode), [crop_size]))
+    wanted = np.asarray(center_crop(torchvision_functional.resize(image, [resize_size], mode), [crop_size]))
     preprocessing = Preprocessing(
         resize_size=resize_size, crop_size=crop_size, interpolation=InterpolationMode(interpolation).value
     )
@@ -94,6 +103,20 @@ def test_the_input_of_the_network_is_that_of_torchvisions_preset(tmp_path: Path)
     assert ours.equal(wanted)
 
 
+@pytest.mark.parametrize("orientation", [3, 5, 6])
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_turned_pictures_are_resized_as_torchvision_resizes_upright_ones(
+    tmp_path: Path, image_format: str, orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = _file(tmp_path, _encoded(_noise(61, 40), image_format, exif=exif))
+    with Image.open(path) as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+    wanted = np.asarray(center_crop(torchvision_functional.resize(upright, [32]), [24]))
+    assert np.array_equal(_load(path, Preprocessing(resize_size=32, crop_size=24)).pixels, wanted)
+
+
 @pytest.mark.parametrize("size", [(3, 900), (900, 3), (1, 700), (2, 2)])
 @pytest.mark.parametrize("sizes", [(32, 24), (24, 32)])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
@@ -109,7 +132,7 @@ def test_a_very_long_image_is_resized_in_its_centre_only(
         resize_size=sizes[0], crop_size=sizes[1], interpolation=InterpolationMode(interpolation).value
     )
     whole = _load(path, preprocessing).pixels
-    monkeypatch.setattr(decode, "_MAX_RESIZED", 1)
+    monkeypatch.setattr(resize, "_MAX_RESIZED", 1)
     centre = _load(path, preprocessing).pixels
     assert np.abs(whole.astype(int) - centre).max() <= 1  # the last bit of a weight
 
@@ -213,7 +236,7 @@ def test_a_truncated_file_is_undecodable_whatever_the_process_told_pillow(
 
 
 def test_threads_do_not_give_the_switch_back_while_another_decodes() -> None:
-    switch = decode._WholeImages()
+    switch = opening._WholeImages()
     inside, leave = threading.Event(), threading.Event()
 
     def decode_slowly() -> None:
@@ -333,8 +356,13 @@ def test_damage_never_raises(tmp_path: Path, image_format: str, monkeypatch: pyt
         damaged = bytearray(data)
         for place in rng.integers(0, min(len(data), 200), size=rng.integers(1, 6)):
             damaged[place] = rng.integers(0, 256)
-        answer = load_image(_file(tmp_path, bytes(damaged[: rng.integers(1, 2 * len(data))])), SMALL)
+        path = _file(tmp_path, bytes(damaged[: rng.integers(1, 2 * len(data))]))
+        answer, fast = (load_image(path, SMALL, decoder=decoder) for decoder in DECODERS)
         statuses.add(answer.status if isinstance(answer, ImageFailure) else RowStatus.OK)
+        if isinstance(answer, ImageFailure):
+            assert fast == answer
+        else:
+            assert np.abs(fast.pixels - answer.pixels.astype(int)).max() <= 1
     assert RowStatus.UNDECODABLE in statuses
     assert statuses <= {RowStatus.OK, RowStatus.UNDECODABLE, RowStatus.TOO_LARGE}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 
 from featcache.errors import DataError
@@ -31,9 +32,11 @@ def scan_folder(data: Path, *, root: Path | None = None, follow_links: bool = Fa
     found = list(walk.images(data))
     if not found:
         raise DataError(no_images(data, walk.notes()))
-    with_splits = _has_splits(data, {path.split(os.sep, 1)[0] for path, _ in found if os.sep in path})
-    records = [_record(path, state, with_splits=with_splits) for path, state in found]
-    records.sort(key=lambda record: record.path)
+    folders = {_folder_of(path) for path, _ in found}
+    with_splits = _has_splits(data, {folder.split(os.sep, 1)[0] for folder in folders if folder})
+    meanings = {folder: _meaning(folder, with_splits=with_splits) for folder in folders}
+    records = [_record(path, state, meanings[_folder_of(path)]) for path, state in found]
+    records.sort(key=attrgetter("path"))
     classes = tuple(sorted({record.label for record in records if record.label is not None}))
     notes = (*walk.notes(), *_label_notes(records, classes))
     return Listing(
@@ -67,11 +70,21 @@ def find_images(paths: Sequence[Path], *, follow_links: bool = False) -> tuple[l
     return images, notes
 
 
-def _record(path: str, state: FileStat, *, with_splits: bool) -> ImageRecord:
-    folders = path.split(os.sep)[:-1]
+def _folder_of(path: str) -> str:
+    """The relative path of the folder an image is in; "" for the root."""
+    return path.rpartition(os.sep)[0]
+
+
+def _meaning(folder: str, *, with_splits: bool) -> tuple[str | None, str | None]:
+    """The label and the split of the images in a folder."""
+    folders = folder.split(os.sep) if folder else []
     split = split_named(folders.pop(0)) if with_splits and folders else None
-    label = escape_path(folders[0]) if folders else None
-    return ImageRecord(path=escape_path(path), stat=state, label=label, split=split)
+    return (escape_path(folders[0]) if folders else None), split
+
+
+def _record(path: str, state: FileStat, meaning: tuple[str | None, str | None]) -> ImageRecord:
+    label, split = meaning
+    return ImageRecord(escape_path(path), state, label, split)
 
 
 def _has_splits(data: Path, folders: set[str]) -> bool:

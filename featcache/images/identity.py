@@ -75,10 +75,15 @@ def file_stat(result: os.stat_result) -> FileStat:
     """The part of a stat that tells whether a file is still the same."""
     return FileStat(
         size=result.st_size,
-        mtime_ns=result.st_mtime_ns,
-        ctime_ns=result.st_ctime_ns,
-        inode=result.st_ino - (1 << 64) * (result.st_ino >> 63),  # as the int64 that a store keeps
+        mtime_ns=_int64(result.st_mtime_ns),
+        ctime_ns=_int64(result.st_ctime_ns),
+        inode=_int64(result.st_ino),
     )
+
+
+def _int64(value: int) -> int:
+    """As a store keeps it; a file may be dated later than 2262."""
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def _read(descriptor: int) -> ImageBytes | ImageFailure:

@@ -190,9 +190,13 @@ def _numbered(text: io.StringIO, bad: list[tuple[int, str]]) -> Iterator[tuple[i
 def _row(header: Sequence[str], cells: Sequence[str]) -> dict[str, str]:
     if len(cells) != len(header):
         raise _BadLine(f"{len(cells)} fields, the header has {len(header)}")
-    if any("\udc80" <= character <= "\udcff" for cell in cells for character in cell):
+    if not all(map(_is_utf8, cells)):
         raise _BadLine("not UTF-8")
     return {name: cell for name, cell in zip(header, cells, strict=True) if name in _COLUMNS}
+
+
+def _is_utf8(cell: str) -> bool:
+    return cell.isascii() or not any("\udc80" <= character <= "\udcff" for character in cell)
 
 
 def _relative_path(text: str) -> str:

@@ -17,16 +17,25 @@ def escape_path(path: str) -> str:
 
     A byte that is not UTF-8 becomes `\\xNN`, a real backslash becomes two; all else stays as it is.
     """
+    if _is_plain(path):
+        return path
     raw = os.fsencode(path).replace(b"\\", b"\\\\")
     return raw.decode("utf-8", errors="backslashreplace")
 
 
 def unescape_path(text: str) -> str:
     """The path for which `escape_path` gave `text`; ValueError where it gives no such text."""
+    if _is_plain(text):
+        return text
     path = os.fsdecode(_ESCAPE.sub(_byte, text.encode("utf-8")))
     if escape_path(path) != text:
         raise ValueError(f"{show_path(text)!r} is not an escaped path")
     return path
+
+
+def _is_plain(path: str) -> bool:
+    """Whether nothing is to be escaped, as in nearly all names; encoding each takes longer than listing."""
+    return path.isascii() and "\\" not in path
 
 
 def _byte(match: re.Match[bytes]) -> bytes:
