@@ -6,20 +6,44 @@ torch where the weights can be proven to be the recorded ones; the engine is mad
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast, get_args
+
+import numpy as np
+from numpy.typing import NDArray
 
 from featcache.backbones import Backbone, load_backbone, prove_weights
 from featcache.backbones.weights import RANDOM
-from featcache.engines import AUTO, DEFAULT_ENGINE, MAX_BATCH_SIZE, Engine, make_engine, other_engines
-from featcache.engines.agreement import Samples, compare_engines, probe_pixels
-from featcache.engines.choice import choose_engine
+from featcache.engines import (
+    AUTO,
+    DEFAULT_ENGINE,
+    MAX_BATCH_SIZE,
+    Engine,
+    batch_sizes,
+    make_engine,
+    other_engines,
+    setup_seconds,
+)
+from featcache.engines.agreement import compare_engines, compare_pixels, probe_pixels
+from featcache.engines.choice import Candidate, choose_engine
 from featcache.errors import BackboneError, DeviceError, FeatcacheError, SpecMismatch, StoreError
-from featcache.spec import FeatureSpec, Precision, StoreDtype, describe_differences, require_same_spec
+from featcache.images.decode import Decoder
+from featcache.processors import usable_processors
+from featcache.spec import (
+    FeatureSpec,
+    JpegScale,
+    Precision,
+    StoreDtype,
+    describe_differences,
+    require_same_spec,
+)
 from featcache.store.reader import FeatureStore
+
+# Some pictures of the run as a decoder gives them, (any number, S, S, 3).
+Samples = Callable[[Decoder], NDArray[np.uint8]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +56,8 @@ class EmbedRequest:
     nodes: tuple[str, ...]
     precision: Precision
     store_dtype: StoreDtype
+    views: int = 1
+    jpeg: JpegScale = "full"
 
     @classmethod
     def of_store(cls, store: FeatureStore) -> Self:
@@ -47,10 +73,21 @@ class EmbedRequest:
             nodes=tuple(nodes),
             precision=store.spec.compute_dtype,
             store_dtype=store.spec.store_dtype,
+            views=store.spec.views,
+            jpeg=store.spec.preprocessing.jpeg,
         )
 
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "nodes": list(self.nodes)}
+        """Without what has no effect, as stores recorded it before there was such a thing."""
+        raw = {**asdict(self), "nodes": list(self.nodes)}
+        unused = [name for name, default in (("views", 1), ("jpeg", "full")) if raw[name] == default]
+        return {name: value for name, value in raw.items() if name not in unused}
+
+
+def require_sizes(*, workers: int, batch_size: int | None) -> None:
+    """ValueError for a number of threads or images that there cannot be."""
+    if workers < 1 or not 1 <= (1 if batch_size is None else batch_size) <= MAX_BATCH_SIZE:
+        raise ValueError(f"workers are at least 1, batch_size is 1 to {MAX_BATCH_SIZE:,}")
 
 
 def absolute_weights(weights: str | None) -> str | None:
@@ -148,9 +185,10 @@ class RecordedBackbone:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ReadyEngine:
-    """An engine with the spec of what it computes."""
+    """An engine with the spec of what it computes, and what decodes its pictures."""
 
     engine: Engine
+    decoder: Decoder = "exact"
     spec: FeatureSpec
     backbone: Backbone
     batch_size: int | None  # as asked for or recorded; None where it is the engine's own affair
@@ -173,10 +211,16 @@ def recorded_batch_size(provenance: Mapping[str, Any]) -> int | None:
     return recorded if isinstance(recorded, int) and 1 <= recorded <= MAX_BATCH_SIZE else None
 
 
+def recorded_decoder(provenance: Mapping[str, Any]) -> Decoder:
+    """Of a store's provenance, which may hold anything; before it was recorded there was one."""
+    return "fast" if provenance.get("decoder") == "fast" else "exact"
+
+
 class Embedder:
     """A request on its way to features: its spec, and the engine that computes them once it is needed.
 
-    engine: the name of one, or "auto": that of the store to go on with, and for a new one the fastest.
+    engine, decoder: a name, or "auto": that of the store to go on with, and for a new one the fastest that
+    proves itself.
     """
 
     def __init__(
@@ -186,10 +230,14 @@ class Embedder:
         device: str = "auto",
         batch_size: int | None = None,
         engine: str = AUTO,
+        decoder: str = AUTO,
+        workers: int | None = None,
     ) -> None:
         self.request = request
         self.ready: ReadyEngine | None = None
         self._device, self._batch_size, self._engine = device, batch_size, engine
+        self._decoder = decoder
+        self._workers = workers or usable_processors()
 
     @classmethod
     def of_store(
@@ -220,6 +268,7 @@ class Embedder:
         with suppress(DeviceError):
             ready = embedder._switch(ready, str(store.provenance.get("engine")), None)
         embedder._engine = ready.engine.name
+        embedder.ready = replace(ready, decoder=recorded_decoder(store.provenance))
         return embedder
 
     def settle_spec(self, stores: Sequence[FeatureStore], *, output: Path) -> tuple[FeatureSpec, str]:
@@ -236,25 +285,70 @@ class Embedder:
         return spec, f"weights {spec.weights_sha256[:12]} loaded and compared"
 
     def choose_engine(self, *, images: int, samples: Samples) -> ReadyEngine:
-        """The engine asked for, or the fastest, for a new store in which so many images are to be embedded.
+        """The engine and decoder asked for, or the fastest, for a new store of so many images to be embedded.
 
-        samples: some of them, for engines to prove themselves on.
+        samples: some of them, for both to prove themselves on.
         """
         ready = self.ready or self.load(batch_size=self._batch_size)
         if self._engine != AUTO:
-            return self._switch(ready, self._engine, samples)
+            return self._with_decoder(self._switch(ready, self._engine, samples), samples)
         choice = choose_engine(
             ready.engine,
-            names=other_engines() if self.request.precision == "float32" else (),
-            make=lambda name: self._make(ready.backbone, engine=name, batch_size=ready.batch_size),
+            candidates=self._candidates(ready),
+            make=lambda candidate: self._make(
+                ready.backbone, engine=candidate.name, batch_size=candidate.batch_size
+            ),
+            exact=lambda: self._in_float32(ready),
             images=images,
-            weights_bytes=ready.weights_bytes,
             crop_size=ready.spec.preprocessing.crop_size,
-            samples=samples,
+            threads=self._workers,
+            samples=lambda: samples("exact"),
         )
         why = {"asked": AUTO, **choice.record}
-        self.ready = replace(ready, engine=choice.engine, why=why, said=choice.said)
+        return self._with_decoder(replace(ready, engine=choice.engine, why=why, said=choice.said), samples)
+
+    def _with_decoder(self, ready: ReadyEngine, samples: Samples) -> ReadyEngine:
+        """With the decoder asked for, or the fast one if its features are those of the exact one."""
+        if self._decoder != AUTO:
+            self.ready = replace(ready, decoder=_decoder_named(self._decoder))
+            return self.ready
+        exact, fast = samples("exact"), samples("fast")
+        if not len(exact) or len(exact) != len(fast):
+            self.ready = replace(ready, decoder="exact")
+            return self.ready
+        agreement = compare_pixels(ready.engine, fast, exact)
+        said = ""
+        if not agreement.passed:
+            said = f"decoder exact; fast differs over {len(exact)} images: {agreement.describe()}"
+        self.ready = replace(
+            ready,
+            decoder="fast" if agreement.passed else "exact",
+            why={**ready.why, "decoder": {"agreement": agreement.to_json()}},
+            said="; ".join(filter(None, [ready.said, said])),
+        )
         return self.ready
+
+    def _candidates(self, ready: ReadyEngine) -> list[Candidate]:
+        """The other engines, the soonest made first; then each in other batches, if none was asked for."""
+        kind = ready.engine.device.partition(":")[0]
+        here = Candidate(ready.engine.name, ready.engine.batch_size)
+        ranked = [
+            (rank, Candidate(name, size, setup_seconds(name, weights_bytes=ready.weights_bytes)))
+            for name in (DEFAULT_ENGINE, *other_engines(self.request.precision))
+            for rank, size in enumerate([ready.batch_size] if ready.batch_size else batch_sizes(name, kind))
+        ]
+        ranked.sort(key=lambda found: (found[0] > 0, found[1].setup_seconds))
+        return [candidate for _, candidate in ranked if candidate != here]
+
+    def _in_float32(self, ready: ReadyEngine) -> Engine:
+        if self.request.precision == "float32":
+            return ready.engine
+        return make_engine(
+            ready.backbone,
+            nodes=self.request.nodes,
+            device=self._device,
+            batch_size=ready.engine.batch_size,
+        )
 
     def engine_for(
         self, target: FeatureStore, *, output: Path, samples: Samples | None = None
@@ -264,6 +358,12 @@ class Embedder:
         if ready is None:
             ready = self.load(batch_size=self._recorded_batch_size([target]))
             require_same_spec(target.spec, ready.spec, where=str(output))
+        if self._decoder == AUTO and not target.sealed and samples is not None:
+            ready = self._with_decoder(ready, samples)  # nothing says how its rows were decoded
+        elif self._decoder == AUTO:
+            ready = replace(ready, decoder=recorded_decoder(target.provenance))
+        else:
+            ready = replace(ready, decoder=_decoder_named(self._decoder))
         if self._engine != AUTO:
             return self._switch(ready, self._engine, samples)
         recorded = target.provenance.get("engine")
@@ -281,7 +381,8 @@ class Embedder:
         if ready.engine.name == name:
             return self.ready
         engine = self._make(ready.backbone, engine=name, batch_size=ready.batch_size)
-        pixels = probe_pixels(ready.spec.preprocessing.crop_size, samples)
+        shown = None if samples is None else (lambda: samples("exact"))
+        pixels = probe_pixels(ready.spec.preprocessing.crop_size, shown)
         agreement = compare_engines(engine, ready.engine, pixels)
         if not agreement.passed:
             raise DeviceError(
@@ -307,9 +408,11 @@ class Embedder:
             backbone=backbone.name,
             weights_sha256=backbone.weights.sha256,
             nodes=engine.nodes,
-            preprocessing=backbone.preprocessing,
+            preprocessing=replace(backbone.preprocessing, jpeg=request.jpeg),
             compute_dtype=request.precision,
             store_dtype=request.store_dtype,
+            views=request.views,
+            views_seed=request.seed,
         )
         self.ready = ReadyEngine(
             engine=engine, spec=spec, backbone=backbone, batch_size=batch_size, why={"asked": self._engine}
@@ -337,6 +440,12 @@ class Embedder:
                 f"{output} holds {have} features: backbone is {have}, not {want}. "
                 f"Choose another --output, or pass --backbone {have}."
             )
+
+
+def _decoder_named(name: str) -> Decoder:
+    if name not in get_args(Decoder):
+        raise DeviceError(f"there is no decoder {name!r}; there are {', '.join(get_args(Decoder))}")
+    return cast(Decoder, name)
 
 
 def _require_same(stores: Sequence[FeatureStore], spec: FeatureSpec, *, output: Path) -> None:

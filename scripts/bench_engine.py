@@ -1,9 +1,10 @@
 """Images per second of the forward pass on the CPU. Seeded random weights, pixels in memory.
 
-    python scripts/bench_engine.py engines [--rounds 7] [--backbone resnet50] [--batch-size 8]
+    python scripts/bench_engine.py engines [--rounds 7] [--backbone resnet50] [--batch-size 8] [--threads 2]
     python scripts/bench_engine.py memory [--rounds 5] [--backbone efficientnet_lite0]
 
-`engines`: every engine installed here, taking turns in one process after a comparison with the eager one.
+`engines`: every engine installed here at each of its batch sizes, called by as many threads at once as in a
+run; they take turns in one process after a comparison with the eager one.
 `memory`: the eager engine by batch size, with freed memory kept, or given back to the system as the C library
 does by default; the two take turns in processes of their own, since the setting is a process's.
 
@@ -24,15 +25,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from featcache.processors import usable_processors
+
 if TYPE_CHECKING:
+    from featcache.backbones import Backbone
     from featcache.engines import Engine
+    from featcache.engines.choice import Candidate
 
 BACKBONES = {
     "engines": ("efficientnet_lite0", "resnet18", "resnet50"),
     "memory": ("efficientnet_lite0", "resnet18"),
 }
 BATCH_SIZES = (4, 8, 16, 32)
-TURN_SECONDS = 1.0
 
 
 @dataclass
@@ -45,49 +49,47 @@ class Made:
     speeds: list[float] = field(default_factory=list)
 
 
-def make_all(backbone: str, *, batch_size: int | None) -> list[Made]:
-    from featcache.backbones import load_backbone
-    from featcache.engines import DEFAULT_ENGINE, make_engine, other_engines
+def make_all(backbone: Backbone, *, batch_size: int | None) -> dict[Candidate, Made]:
+    """The eager engine first; one that cannot be had here is left out with a line."""
+    from featcache.engines import DEFAULT_ENGINE, batch_sizes, make_engine, other_engines
     from featcache.engines.agreement import compare_engines, probe_pixels
+    from featcache.engines.choice import Candidate
+    from featcache.errors import DeviceError
 
-    loaded = load_backbone(backbone, weights="random")
-    pixels = probe_pixels(loaded.preprocessing.crop_size, None)
-    made: list[Made] = []
+    pixels = probe_pixels(backbone.preprocessing.crop_size, None)
+    made: dict[Candidate, Made] = {}
     for name in (DEFAULT_ENGINE, *other_engines()):
-        begun = time.perf_counter()
-        engine = make_engine(loaded, device="cpu", batch_size=batch_size, engine=name)
-        seconds = time.perf_counter() - begun
-        reference = made[0].engine if made else engine
-        made.append(Made(engine, seconds, compare_engines(engine, reference, pixels).cosine))
+        for size in [batch_size] if batch_size else batch_sizes(name, "cpu"):
+            begun = time.perf_counter()
+            try:
+                engine = make_engine(backbone, device="cpu", batch_size=size, engine=name)
+            except DeviceError as error:
+                print(f"{name}: {error}")
+                break
+            seconds = time.perf_counter() - begun
+            reference = next(iter(made.values())).engine if made else engine
+            cosine = compare_engines(engine, reference, pixels).cosine
+            made[Candidate(name, size)] = Made(engine, seconds, cosine)
     return made
 
 
-def take_turn(engine: Engine, *, size: int) -> float:
-    """Images per second over about a second, the first batch not counted."""
-    from featcache.engines.agreement import noise
-
-    pixels = noise(engine.batch_size, size)
-    engine.embed(pixels)
-    begun, batches = time.perf_counter(), 0
-    while not batches or time.perf_counter() - begun < TURN_SECONDS:
-        engine.embed(pixels)
-        batches += 1
-    return batches * engine.batch_size / (time.perf_counter() - begun)
-
-
-def compare(backbone: str, *, rounds: int, batch_size: int | None) -> None:
+def compare(name: str, *, rounds: int, batch_size: int | None, threads: int) -> None:
     from featcache.backbones import load_backbone
+    from featcache.engines.choice import measure_speeds
 
-    size = load_backbone(backbone, weights="random").preprocessing.crop_size
-    engines = make_all(backbone, batch_size=batch_size)
+    backbone = load_backbone(name, weights="random")
+    all_made = make_all(backbone, batch_size=batch_size)
+    engines = {candidate: made.engine for candidate, made in all_made.items()}
     for _ in range(rounds):
-        for made in engines:
-            made.speeds.append(take_turn(made.engine, size=size))
-    for made in engines:
+        speeds = measure_speeds(engines, size=backbone.preprocessing.crop_size, threads=threads)
+        for candidate, speed in speeds.items():
+            all_made[candidate].speeds.append(speed)
+    eager = next(iter(all_made.values()))
+    for candidate, made in all_made.items():
         print(
-            f"{backbone:20} {made.engine.name:12} {made.engine.batch_size:>5} {made.seconds:>7.1f} "
+            f"{name:20} {candidate.name:14} {candidate.batch_size:>5} {made.seconds:>7.1f} "
             f"{made.cosine:>10.7f} {statistics.median(made.speeds):>9.1f} "
-            f"({min(made.speeds):.0f}-{max(made.speeds):.0f}) {ratio(engines[0].speeds, made.speeds)}",
+            f"({min(made.speeds):.0f}-{max(made.speeds):.0f}) {ratio(eager.speeds, made.speeds)}",
             flush=True,
         )
 
@@ -141,7 +143,10 @@ def main() -> None:
     parser.add_argument("what", choices=BACKBONES)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--backbone", action="append")
-    parser.add_argument("--batch-size", type=int, help="of engines; by default each its own")
+    parser.add_argument("--batch-size", type=int, help="of engines; by default all that suit each")
+    parser.add_argument(
+        "--threads", type=int, default=usable_processors(), help="that call an engine at once"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--keep", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -152,13 +157,18 @@ def main() -> None:
     print(f"{platform.machine()}, {os.cpu_count()} processors, {options.rounds} rounds, load {load}")
     if options.what == "engines":
         print(
-            f"{'backbone':20} {'engine':12} {'batch':>5} {'made, s':>7} {'cosine':>10} {'images/s':>9} ratio"
+            f"{'backbone':20} {'engine':14} {'batch':>5} {'made, s':>7} {'cosine':>10} {'images/s':>9} ratio"
         )
     else:
         print(f"{'backbone':20} {'batch':>5} {'default':>9} {'kept':>9} {'ratio':>18}")
     for backbone in options.backbone or BACKBONES[options.what]:
         if options.what == "engines":
-            compare(backbone, rounds=options.rounds, batch_size=options.batch_size)
+            compare(
+                backbone,
+                rounds=options.rounds,
+                batch_size=options.batch_size,
+                threads=options.threads,
+            )
         else:
             compare_memory(backbone, rounds=options.rounds)
 

@@ -1,10 +1,11 @@
-"""A backbone whose process is killed, as by `kill -9`, in its n-th forward pass.
+"""A backbone whose process is killed, as by `kill -9`, in its n-th forward pass of several images.
 
 n is KILL_AT in the environment; 0 never kills. KILL_WITH names another signal.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 
@@ -14,6 +15,8 @@ from torch import nn
 from featcache.backbones import Backbone, make_backbone
 from featcache.spec import Preprocessing
 
+_passes = itertools.count(1)  # of all copies of the network, from whatever thread
+
 
 class Killed(nn.Module):
     """A small convolution, so that features depend on every pixel in float32."""
@@ -21,12 +24,10 @@ class Killed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, stride=2)
-        self.calls = 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        # The first pass is the probe that measures the output's width.
-        if self.calls - 1 == int(os.environ.get("KILL_AT", "0")) and self.calls > 1:
+        # A pass of one image is a probe, of the output's width or of a copy.
+        if len(x) > 1 and next(_passes) == int(os.environ.get("KILL_AT", "0")):
             os.kill(os.getpid(), getattr(signal, os.environ.get("KILL_WITH", "SIGKILL")))
         return self.stem(x).relu().mean((2, 3))  # (B, 8)
 

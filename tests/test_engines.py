@@ -44,7 +44,8 @@ def small(name: str, *, size: int, weights: str | None = "random") -> Backbone:
     return replace(backbone, preprocessing=replace(backbone.preprocessing, crop_size=size))
 
 
-@pytest.fixture(params=list(ENGINES))
+# The compiled engine takes seconds to make: test_engines_compiled.py.
+@pytest.fixture(params=[name for name in ENGINES if name != "torch-compiled"])
 def engine_name(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     for library in ENGINES[name].needs:
@@ -229,7 +230,7 @@ def test_an_engine_describes_itself(engine_name: str) -> None:
         ({"device": "cuda:99"}, "this machine has no cuda:99: pass --device auto"),
         ({"device": "meta"}, "this machine has no meta"),
         ({"precision": "int8"}, "no precision 'int8'; there are float32, bfloat16, float16"),
-        ({"engine": "steam"}, "no engine 'steam'; there are torch-eager, onnx"),
+        ({"engine": "steam"}, "no engine 'steam'; there are torch-eager, torch-compiled, onnx"),
     ],
 )
 def test_what_the_machine_has_not_is_one_line(options: dict[str, Any], said: str) -> None:
@@ -276,7 +277,7 @@ def test_an_engine_whose_library_is_not_installed_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("featcache.engines.find_spec", lambda name: None)
-    assert other_engines() == ()
+    assert other_engines() == ("torch-compiled",)
     with pytest.raises(DeviceError, match=r"needs onnx and onnxruntime, .*: pip install 'featcache\[onnx\]'"):
         make_engine(load_backbone(TOY), engine="onnx")
 

@@ -23,9 +23,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRow:
-    """Where an engine is, and the libraries it needs beyond featcache's own: those of its extra."""
+    """Where an engine is, and the libraries it needs beyond featcache's own: those of its extra.
+
+    setup_seconds, setup_seconds_a_gigabyte: about what making it takes on two processors, and more for each
+    gigabyte of weights.
+    """
 
     module: str
+    setup_seconds: float = 0.0
+    setup_seconds_a_gigabyte: float = 0.0
+    precisions: tuple[Precision, ...] = get_args(Precision)
     needs: tuple[str, ...] = ()
     extra: str = ""
 
@@ -35,14 +42,20 @@ AUTO = "auto"  # no engine: the fastest of them that proves itself
 
 ENGINES = {
     DEFAULT_ENGINE: EngineRow(module="featcache.engines.torch_eager"),
+    "torch-compiled": EngineRow(module="featcache.engines.torch_compiled", setup_seconds=12.0),
     "onnx": EngineRow(
-        module="featcache.engines.onnx_runtime", needs=("onnx", "onnxruntime"), extra="featcache[onnx]"
+        module="featcache.engines.onnx_runtime",
+        setup_seconds=0.5,
+        setup_seconds_a_gigabyte=6.0,  # they are written and read once more
+        precisions=("float32",),
+        needs=("onnx", "onnxruntime"),
+        extra="featcache[onnx]",
     ),
 }
 
 
 class Engine(Protocol):
-    """A backbone ready to run on one device.
+    """A backbone ready to run on one device. Several threads may call `embed` at once.
 
     The vector of an image depends on the image alone: not on its neighbours in the batch nor its place there.
     """
@@ -60,6 +73,16 @@ class Engine(Protocol):
     @property
     def batch_size(self) -> int: ...
 
+    @property
+    def callers(self) -> int:
+        """How many threads should call `embed` beside those that decode.
+
+        0: it computes on the processors, one thread a call, and the threads that decode are to call it.
+        """
+
+    def allocate(self) -> NDArray[np.uint8]:
+        """An array (batch_size, S, S, 3) in memory that suits the device, to be used for many batches."""
+
     def embed(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """{node key: (B, D)} of RGB images (B, S, S, 3), resized and cropped, 1 <= B <= batch_size."""
 
@@ -76,10 +99,12 @@ def require_engine(name: str) -> EngineRow:
     return row
 
 
-def other_engines() -> tuple[str, ...]:
-    """The engines besides the default one whose libraries are installed here."""
+def other_engines(precision: Precision = "float32") -> tuple[str, ...]:
+    """Those besides the default one that compute in `precision` and whose libraries are installed here."""
     return tuple(
-        name for name, row in ENGINES.items() if name != DEFAULT_ENGINE and not _missing_libraries(row)
+        name
+        for name, row in ENGINES.items()
+        if name != DEFAULT_ENGINE and precision in row.precisions and not _missing_libraries(row)
     )
 
 
@@ -88,6 +113,21 @@ def _missing_libraries(row: EngineRow) -> list[str]:
 
 
 MAX_BATCH_SIZE = 65_536
+
+
+def batch_sizes(name: str, device: str) -> tuple[int, ...]:
+    """The batch sizes worth trying for the engine of that name, its default first.
+
+    device: a device's kind in torch's words, "cpu" or "cuda".
+    """
+    sizes: dict[str, tuple[int, ...]] = importlib.import_module(require_engine(name).module).BATCH_SIZES
+    return sizes.get(device, ())
+
+
+def setup_seconds(name: str, *, weights_bytes: int) -> float:
+    """About what making the engine of that name takes, for a network of that size."""
+    row = require_engine(name)
+    return row.setup_seconds + row.setup_seconds_a_gigabyte * weights_bytes / 1e9
 
 
 def make_engine(

@@ -37,6 +37,11 @@ class Agreement:
     def passed(self) -> bool:
         return self.cosine >= LOWEST_COSINE and self.difference <= LARGEST_DIFFERENCE
 
+    def passed_like(self, other: Agreement | None) -> bool:
+        """Whether it passed, or is at least as near to the reference as `other` is."""
+        nearer = other is not None and (self.cosine >= other.cosine and self.difference <= other.difference)
+        return self.passed or nearer
+
     def to_json(self) -> dict[str, Any]:
         """For the provenance of a store, whose JSON has no NaN."""
         values = {"lowest_cosine": self.cosine, "largest_relative_difference": self.difference}
@@ -52,10 +57,20 @@ def _number(value: float) -> float | None:
 
 def compare_engines(engine: Engine, reference: Engine, pixels: NDArray[np.uint8]) -> Agreement:
     """`engine` against `reference` on images (B, S, S, 3), whatever the batch size of each."""
-    found, expected = _embed(engine, pixels), _embed(reference, pixels)
+    return _compare_all(_embed(engine, pixels), _embed(reference, pixels), images=len(pixels))
+
+
+def compare_pixels(engine: Engine, pixels: NDArray[np.uint8], reference: NDArray[np.uint8]) -> Agreement:
+    """What `engine` makes of images (B, S, S, 3) against what it makes of nearly the same ones."""
+    return _compare_all(_embed(engine, pixels), _embed(engine, reference), images=len(pixels))
+
+
+def _compare_all(
+    found: Mapping[str, NDArray[np.float64]], expected: Mapping[str, NDArray[np.float64]], *, images: int
+) -> Agreement:
     pairs = [_compare(found[key], expected[key]) for key in expected]
     return Agreement(
-        images=len(pixels),
+        images=images,
         cosine=float(np.min([cosine for cosine, _ in pairs])),
         difference=float(np.max([difference for _, difference in pairs])),
     )

@@ -1,13 +1,16 @@
 """`--engine auto`: the fastest engine that proves itself, looked for where the run is long enough to pay.
 
-Measures engines and compares them with the reference, which is the eager engine in float32. Knows neither how
-engines are made nor where images come from.
+Measures engines, each at the batch sizes that suit it and with as many calls at once as a run makes, and
+compares them with the eager engine in float32. Knows neither how engines are made nor where images come from.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,24 +21,34 @@ from featcache.engines import Engine
 from featcache.engines.agreement import Agreement, Samples, compare_engines, noise, probe_pixels
 from featcache.errors import DeviceError
 
-# Look only where the eager engine would take this many times as long as looking does. Then looking has paid
-# as soon as an engine is 4/3 times as fast, which ONNX Runtime was on every network measured on a CPU
-# (docs/benchmarks.md), and where nothing is found the run takes a quarter longer at most.
-WORTH = 4
+# Look at an engine only where the run would take the eager engine so many times as long as looking takes, so
+# that a run in which nothing is found takes a third longer at most.
+WORTH = 3
 
-# What making another engine takes, as measured for ONNX Runtime on two cores: importing and exporting, and
-# the weights being written and read once more.
-SETUP_SECONDS, SETUP_SECONDS_A_GIGABYTE = 2.0, 12.0
-
-# Alternating batches an engine; its best one counts, for whatever else the machine does only ever slows down.
+# Alternating turns an engine; its best one counts, for whatever else the machine does only ever slows down.
 ROUNDS = 3
+TURN_SECONDS = 0.1  # at least, and at least one batch a thread
+WARM_UP = 2  # turns that do not count
+COMPARED = 16  # images that go through an engine and the one it is compared with, about
 
-# Batches that go into looking at one engine: comparing, one to warm up and the rounds, for both of the two.
-LOOKING_BATCHES = 2 * (ROUNDS + 2)
-
-# An engine must be so much faster to take the reference's place: the timing is short, and the next run is to
-# choose the same.
+# Another engine must be so much faster to take the place of the eager one: the timing is short, and the next
+# run is to choose the same.
 FASTER = 1.2
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An engine by name, and a batch size for it.
+
+    setup_seconds: about what making it takes.
+    """
+
+    name: str
+    batch_size: int
+    setup_seconds: float = field(default=0.0, compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.name} in batches of {self.batch_size}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,59 +60,121 @@ class Choice:
     record: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Candidate:
-    engine: Engine
-    agreement: Agreement
-
-
 def choose_engine(
     reference: Engine,
     *,
-    names: Sequence[str],
-    make: Callable[[str], Engine],
+    candidates: Sequence[Candidate],
+    make: Callable[[Candidate], Engine],
+    exact: Callable[[], Engine],
     images: int,
-    weights_bytes: int,
     crop_size: int,
+    threads: int,
     samples: Samples | None = None,
 ) -> Choice:
-    """The fastest of `reference` and the engines of `names` for a run of so many images.
+    """The fastest of `reference` and the candidates for a run of so many images on so many processors.
 
-    make: makes the engine of a name, or raises DeviceError, and then the engine is passed over.
-    samples: some images of the run, to compare engines on.
+    reference: the eager engine at the precision asked for. make: makes a candidate, or raises DeviceError,
+    and then it is passed over. exact: the eager engine in float32, which engines must agree with; those in a
+    lower precision at least as well as the reference does. samples: some images of the run, to compare
+    engines on. The candidates are in the order in which they are worth a look.
     """
-    if not names or not is_worth_looking(
-        reference, images=images, weights_bytes=weights_bytes, size=crop_size
-    ):
+    candidates = worth_looking_at(candidates, reference, images=images, size=crop_size, threads=threads)
+    if not candidates:
         return Choice(engine=reference)
-    candidates, passed_over = _candidates(reference, names, make, probe_pixels(crop_size, samples))
-    speeds = measure_speeds([reference, *(found.engine for found in candidates)], size=crop_size)
-    best, agreement = reference, None
-    for found in candidates:
-        if speeds[found.engine.name] > speeds[best.name] * (FASTER if best is reference else 1):
-            best, agreement = found.engine, found.agreement
-    for found in candidates:
-        if best is reference:
-            passed_over[found.engine.name] = f"{speeds[found.engine.name]:,.1f} images/s, which is no faster"
+    here = Candidate(reference.name, reference.batch_size)
+    found = _Found(reference, exact(), probe_pixels(crop_size, samples))
+    for candidate in candidates:
+        found.look_at(candidate, make)
+    speeds = measure_speeds(found.engines, size=crop_size, threads=threads)
+    best = _fastest(speeds, here)
     return Choice(
-        engine=best,
-        said=_words(best, reference, agreement, speeds, passed_over),
+        engine=found.engines[best],
+        said=found.describe(best, speeds),
         record={
-            "images_per_second": {name: round(speed, 1) for name, speed in speeds.items()},
-            "agreement": {found.engine.name: found.agreement.to_json() for found in candidates},
-            "passed_over": passed_over,
+            "images_per_second": {str(candidate): round(speed, 1) for candidate, speed in speeds.items()},
+            "agreement": {name: agreement.to_json() for name, agreement in found.agreements.items()},
+            "passed_over": found.passed_over,
         },
     )
 
 
-def is_worth_looking(reference: Engine, *, images: int, weights_bytes: int, size: int) -> bool:
-    """Whether `images` keep the reference busy for long enough to look for a faster engine."""
-    batches = images / reference.batch_size
-    if batches <= WORTH * LOOKING_BATCHES:
-        return False  # however fast they are
-    batch_seconds = _batch_seconds(reference, size=size)
-    setup = SETUP_SECONDS + SETUP_SECONDS_A_GIGABYTE * weights_bytes / 1e9
-    return batches * batch_seconds > WORTH * (setup + LOOKING_BATCHES * batch_seconds)
+class _Found:
+    """The engines that can be had and agree, and why the others do not come into question."""
+
+    def __init__(self, reference: Engine, exact: Engine, pixels: NDArray[np.uint8]) -> None:
+        self._reference, self._exact, self._pixels = reference, exact, pixels
+        self.engines = {Candidate(reference.name, reference.batch_size): reference}
+        self.agreements: dict[str, Agreement] = {}  # by name: another batch size changes rounding alone
+        self.passed_over: dict[str, str] = {}
+        if exact is not reference:
+            self.agreements[reference.name] = compare_engines(reference, exact, pixels)
+
+    def look_at(self, candidate: Candidate, make: Callable[[Candidate], Engine]) -> None:
+        name = candidate.name
+        if name in self.passed_over:
+            return
+        try:
+            engine = make(candidate)
+            if name != self._reference.name and name not in self.agreements:
+                agreement = compare_engines(engine, self._exact, self._pixels)
+                if not agreement.passed_like(self.agreements.get(self._reference.name)):
+                    self.passed_over[name] = f"disagrees with {self._exact.name}: {agreement.describe()}"
+                    return
+                self.agreements[name] = agreement
+        except DeviceError as error:
+            if not any(known.name == name for known in self.engines):
+                self.passed_over[name] = str(error)
+            return
+        self.engines[candidate] = engine
+
+    def describe(self, best: Candidate, speeds: Mapping[Candidate, float]) -> str:
+        said = f"engine {best}, {speeds[best]:,.1f} images/s"
+        others = [f"{other} does {speed:,.1f}" for other, speed in speeds.items() if other.name != best.name]
+        if others:
+            said += f" where {', '.join(others)}"
+        if best.name in self.agreements:
+            agreement = self.agreements[best.name]
+            said += f"; against {self._exact.name} in float32 over {agreement.images} images: "
+            said += agreement.describe()
+        return "; ".join([said, *(f"{name}: {why}" for name, why in self.passed_over.items())])
+
+
+def _fastest(speeds: Mapping[Candidate, float], reference: Candidate) -> Candidate:
+    def worth(candidate: Candidate) -> float:
+        return speeds[candidate] / (FASTER if candidate.name != reference.name else 1)
+
+    return max(speeds, key=worth)
+
+
+def worth_looking_at(
+    candidates: Sequence[Candidate], reference: Engine, *, images: int, size: int, threads: int
+) -> list[Candidate]:
+    """The first of the candidates, as many as `images` keep the reference busy for long enough to look at."""
+    at_once = reference.callers or threads
+    if not candidates or images <= WORTH * at_once * _images_looked_at(candidates[0], reference):
+        return []  # however fast they are
+    an_image = _batch_seconds(reference, size=size) / reference.batch_size
+    left = images * an_image / at_once / WORTH
+    left -= _looking_seconds(Candidate(reference.name, reference.batch_size), an_image)
+    found = []
+    for candidate in candidates:
+        left -= _looking_seconds(candidate, an_image)
+        if left < 0:
+            break
+        found.append(candidate)
+    return found
+
+
+def _images_looked_at(candidate: Candidate, reference: Engine) -> int:
+    """How many images a thread computes while a candidate is looked at, about."""
+    return COMPARED + (ROUNDS + WARM_UP) * (candidate.batch_size + reference.batch_size)
+
+
+def _looking_seconds(candidate: Candidate, an_image: float) -> float:
+    """About what it takes to make a candidate and to measure it, where an image takes one thread so long."""
+    turn = max(TURN_SECONDS, candidate.batch_size * an_image)
+    made = candidate.setup_seconds + COMPARED * an_image if candidate.setup_seconds else 0.0
+    return made + (ROUNDS + WARM_UP) * turn
 
 
 def _batch_seconds(engine: Engine, *, size: int) -> float:
@@ -109,54 +184,62 @@ def _batch_seconds(engine: Engine, *, size: int) -> float:
     return seconds if seconds > 1 else _seconds(engine, pixels)
 
 
-def measure_speeds(engines: Sequence[Engine], *, size: int) -> dict[str, float]:
-    """{name: images per second} of the engines taking turns."""
-    pixels = {engine.name: noise(engine.batch_size, size) for engine in engines}
-    seconds: dict[str, list[float]] = {engine.name: [] for engine in engines}
-    for engine in engines:
-        engine.embed(pixels[engine.name])  # the first is slower
-    for _ in range(ROUNDS):
-        for engine in engines:
-            seconds[engine.name].append(_seconds(engine, pixels[engine.name]))
-    return {engine.name: engine.batch_size / min(seconds[engine.name]) for engine in engines}
+def measure_speeds(engines: Mapping[Candidate, Engine], *, size: int, threads: int) -> dict[Candidate, float]:
+    """Images per second of engines that take turns, each called from as many threads as in a run."""
+    best = dict.fromkeys(engines, 0.0)
+    most = max(engine.callers or threads for engine in engines.values())
+    with _calling_threads(most) as pool:
+        turns = {
+            candidate: _Turn(engine, pool, size=size, threads=threads)
+            for candidate, engine in engines.items()
+        }
+        for _ in range(ROUNDS):
+            for candidate, turn in turns.items():
+                best[candidate] = max(best[candidate], turn.take())
+    return best
+
+
+@contextmanager
+def _calling_threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    from featcache.engines.replicas import one_thread_of_torch, threads_of_torch_kept
+
+    with threads_of_torch_kept(), ThreadPoolExecutor(count, initializer=one_thread_of_torch) as pool:
+        yield pool
+
+
+class _Turn:
+    """An engine to be called from several threads at once for a while."""
+
+    def __init__(self, engine: Engine, pool: ThreadPoolExecutor, *, size: int, threads: int) -> None:
+        self._engine, self._pool = engine, pool
+        self._at_once = engine.callers or threads
+        self._pixels = noise(engine.batch_size, size)
+        self._batches = 1
+        for _ in range(WARM_UP):  # the first is slower: it makes what each thread needs
+            seconds = self._run()
+        self._batches = max(1, round(TURN_SECONDS / seconds))
+
+    def take(self) -> float:
+        """Images per second."""
+        return self._at_once * self._batches * self._engine.batch_size / self._run()
+
+    def _run(self) -> float:
+        together = threading.Barrier(self._at_once + 1)
+
+        def call() -> None:
+            together.wait()
+            for _ in range(self._batches):
+                self._engine.embed(self._pixels)
+
+        calls = [self._pool.submit(call) for _ in range(self._at_once)]
+        together.wait()
+        begun = time.perf_counter()
+        for running in calls:
+            running.result()
+        return max(time.perf_counter() - begun, 1e-9)
 
 
 def _seconds(engine: Engine, pixels: NDArray[np.uint8]) -> float:
     begun = time.perf_counter()
     engine.embed(pixels)
     return max(time.perf_counter() - begun, 1e-9)
-
-
-def _candidates(
-    reference: Engine, names: Sequence[str], make: Callable[[str], Engine], pixels: NDArray[np.uint8]
-) -> tuple[list[_Candidate], dict[str, str]]:
-    """Those that can be had and agree with the reference, and why the others do not come into question."""
-    found, passed_over = [], {}
-    for name in names:
-        try:
-            engine = make(name)
-        except DeviceError as error:
-            passed_over[name] = str(error)
-            continue
-        agreement = compare_engines(engine, reference, pixels)
-        if agreement.passed:
-            found.append(_Candidate(engine=engine, agreement=agreement))
-        else:
-            passed_over[name] = f"disagrees with {reference.name}: {agreement.describe()}"
-    return found, passed_over
-
-
-def _words(
-    best: Engine,
-    reference: Engine,
-    agreement: Agreement | None,
-    speeds: Mapping[str, float],
-    passed_over: Mapping[str, str],
-) -> str:
-    if agreement is None:
-        others = "; ".join(f"{name}: {why}" for name, why in passed_over.items())
-        return f"engine {best.name}, {speeds[best.name]:,.1f} images/s ({others})"
-    return (
-        f"engine {best.name}, {speeds[best.name]:,.1f} images/s where {reference.name} does "
-        f"{speeds[reference.name]:,.1f}; against it over {agreement.images} images: {agreement.describe()}"
-    )

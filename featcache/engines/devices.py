@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from featcache.errors import DeviceError
@@ -11,7 +13,7 @@ def find_device(asked: str) -> torch.device:
     """The device in torch's words, or the best there is for "auto"; `DeviceError` where it is absent."""
     there = _devices()
     if asked == "auto":
-        return torch.device(there[0])
+        return _device_of_rank(there[0])
     try:
         device = torch.device(asked)
     except RuntimeError as error:
@@ -21,6 +23,15 @@ def find_device(asked: str) -> torch.device:
     ):
         raise DeviceError(f"this machine has no {asked}: pass --device auto, or one of {', '.join(there)}")
     return device
+
+
+def _device_of_rank(kind: str) -> torch.device:
+    """Of several CUDA devices the one that torchrun means for this process."""
+    rank = os.environ.get("LOCAL_RANK", "")
+    several = kind == "cuda" and torch.cuda.device_count() > 1
+    if not several or not rank.isdecimal() or int(rank) >= torch.cuda.device_count():
+        return torch.device(kind)
+    return torch.device(kind, int(rank))
 
 
 def _devices() -> tuple[str, ...]:

@@ -1,13 +1,13 @@
 """The engine that hands the network to ONNX Runtime, exported in memory for batches of one shape.
 
-The graph takes pixels as they are and normalises them itself. float32 only, on the CPU or CUDA. Does not know
-whether the graph computes what the network does: `featcache.engines.agreement` looks.
+The graph takes pixels as they are and normalises them itself. float32 only, on the CPU or CUDA. Several
+threads may run the session at once; on the CPU each computes alone on its processor. Does not know whether
+the graph computes what the network does: `featcache.engines.agreement` looks.
 """
 
 from __future__ import annotations
 
 import io
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,14 +19,14 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as states
-from torch import Tensor, nn
 
 from featcache.backbones.backbone import Backbone, freeze
 from featcache.backbones.nodes import Extractor, make_extractor
 from featcache.engines.batch import checked_count, filled
 from featcache.engines.devices import device_words, find_device
+from featcache.engines.pixels import CAPTURE_ERRORS, PixelsToVectors, reason
 from featcache.errors import DeviceError
-from featcache.spec import FeatureNode, Precision, Preprocessing
+from featcache.spec import FeatureNode, Precision
 
 NAME = "onnx"
 
@@ -34,20 +34,11 @@ _INPUT = "pixels"
 _OPSET = 17  # the first with layer normalisation as one operation
 _LARGEST = 2_000_000_000  # bytes of weights; a protobuf holds 2 GiB
 
-_BATCH_SIZE = {"cpu": 8, "cuda": 256}
+# The first is the default.
+BATCH_SIZES = {"cpu": (2, 1, 8), "cuda": (256, 64)}
+CALLERS = {"cpu": 0, "cuda": 2}
 _PROVIDER = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
-# Exporting runs the network's own Python and looks up each of its operations, which fails in many ways.
-_EXPORT_ERRORS = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    AssertionError,
-    ImportError,
-    MemoryError,
-)
 _SESSION_ERRORS = (
     states.Fail,
     states.InvalidArgument,
@@ -73,44 +64,23 @@ class OnnxRuntime:
         device: torch.device,
         batch_size: int,
     ) -> None:
+        self.nodes = nodes
+        self.batch_size = batch_size
+        self.device = device_words(device)
+        self.callers = CALLERS[device.type]
         self._session = session
-        self._nodes = nodes
         self._size = crop_size
-        self._device = device
-        self._batch_size = batch_size
 
-    @property
-    def nodes(self) -> tuple[FeatureNode, ...]:
-        return self._nodes
-
-    @property
-    def batch_size(self) -> int:
-        return self._batch_size
-
-    @property
-    def device(self) -> str:
-        return device_words(self._device)
+    def allocate(self) -> NDArray[np.uint8]:
+        """Zeros (batch_size, S, S, 3)."""
+        return np.zeros((self.batch_size, self._size, self._size, 3), dtype=np.uint8)
 
     def embed(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """{node key: float32 ndarray (B, D)} of uint8 pixels (B, S, S, 3), 1 <= B <= batch_size."""
-        count = checked_count(pixels, size=self._size, batch_size=self._batch_size)
-        images = np.ascontiguousarray(filled(pixels, batch_size=self._batch_size))
+        count = checked_count(pixels, size=self._size, batch_size=self.batch_size)
+        images = np.ascontiguousarray(filled(pixels, batch_size=self.batch_size))
         outputs = self._session.run(None, {_INPUT: images})
-        return {node.key: vectors[:count] for node, vectors in zip(self._nodes, outputs, strict=True)}
-
-
-class _PixelsToVectors(nn.Module):
-    """What is exported: uint8 (B, S, S, 3) to one (B, D) a node, normalised as the eager engine does it."""
-
-    def __init__(self, extractor: Extractor, preprocessing: Preprocessing, device: torch.device) -> None:
-        super().__init__()
-        self.extractor = extractor
-        self.mean = torch.tensor(preprocessing.mean, device=device).view(1, 3, 1, 1)
-        self.std = torch.tensor(preprocessing.std, device=device).view(1, 3, 1, 1)
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        scaled = pixels.permute(0, 3, 1, 2).float().div(255)  # (B, 3, S, S)
-        return tuple(self.extractor(scaled.sub(self.mean).div(self.std)).values())
+        return {node.key: vectors[:count] for node, vectors in zip(self.nodes, outputs, strict=True)}
 
 
 def make(
@@ -127,7 +97,7 @@ def make(
     found = find_device(device)
     _require_provider(found)
     extractor = make_extractor(backbone, nodes)
-    batch_size = batch_size or _BATCH_SIZE[found.type]
+    batch_size = batch_size or BATCH_SIZES[found.type][0]
     model = _export(extractor, backbone, batch_size=batch_size)
     return OnnxRuntime(
         _session(model, backbone, device=found),
@@ -162,7 +132,7 @@ def _export(extractor: Extractor, backbone: Backbone, *, batch_size: int) -> byt
         with _exporting():
             # The exporter that traces: of the two the one that needs no package but onnx, from torch 2.6 on.
             torch.onnx.export(
-                _PixelsToVectors(extractor, backbone.preprocessing, device).eval(),
+                PixelsToVectors(extractor, backbone.preprocessing, device).eval(),
                 (pixels,),
                 model,  # type: ignore[arg-type]
                 input_names=[_INPUT],
@@ -170,7 +140,7 @@ def _export(extractor: Extractor, backbone: Backbone, *, batch_size: int) -> byt
                 opset_version=_OPSET,
                 dynamo=False,
             )
-    except _EXPORT_ERRORS as error:
+    except CAPTURE_ERRORS as error:
         raise _cannot_run(backbone, error) from error
     return model.getvalue()
 
@@ -191,9 +161,7 @@ def _exporting() -> Iterator[None]:
 def _session(model: bytes, backbone: Backbone, *, device: torch.device) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
-    options.intra_op_num_threads = _threads()
-    # Threads that wait by spinning take the processors from the decoding threads.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.intra_op_num_threads = 1  # other calls work beside it
     settings = {"device_id": str(device.index or 0), "use_tf32": "0"} if device.type == "cuda" else {}
     wanted = _PROVIDER[device.type]
     try:
@@ -207,13 +175,7 @@ def _session(model: bytes, backbone: Backbone, *, device: torch.device) -> Any:
     return session
 
 
-def _threads() -> int:
-    """Those of torch, which the user may have limited, but not more than the processors we may use."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(torch.get_num_threads(), allowed or 1)
-
-
 def _cannot_run(backbone: Backbone, error: BaseException) -> DeviceError:
-    lines = str(error).strip().splitlines()
-    why = lines[0] if lines else type(error).__name__
-    return DeviceError(f"the engine {NAME} cannot run {backbone.name} ({why}): pass another --engine")
+    return DeviceError(
+        f"the engine {NAME} cannot run {backbone.name} ({reason(error)}): pass another --engine"
+    )
