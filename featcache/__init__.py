@@ -16,16 +16,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from featcache.backbones import Backbone, load_backbone, make_backbone
-    from featcache.commands.embed import EmbedResult, embed
+    from featcache.commands.embed import EmbedResult, embed, embed_together
     from featcache.commands.explain import explain
     from featcache.commands.fit import FitResult, fit
     from featcache.commands.info import Info, info
+    from featcache.commands.merge import MergeResult, merge
+    from featcache.commands.plan import PlanResult, plan
     from featcache.commands.predict import Prediction, PredictResult, predict
     from featcache.commands.repair import RepairResult, repair
     from featcache.commands.verify import VerifyResult, verify
     from featcache.errors import FeatcacheError
     from featcache.explanation import Explanation
     from featcache.model import Model
+    from featcache.sharding import Shard
     from featcache.spec import FeatureSpec, Preprocessing
     from featcache.store.features import FeatureSet
     from featcache.store.reader import FeatureStore
@@ -40,18 +43,24 @@ _HOMES = {
     "FeatureStore": "featcache.store.reader",
     "FitResult": "featcache.commands.fit",
     "Info": "featcache.commands.info",
+    "MergeResult": "featcache.commands.merge",
     "Model": "featcache.model",
+    "PlanResult": "featcache.commands.plan",
     "PredictResult": "featcache.commands.predict",
     "Prediction": "featcache.commands.predict",
     "Preprocessing": "featcache.spec",
     "RepairResult": "featcache.commands.repair",
+    "Shard": "featcache.sharding",
     "VerifyResult": "featcache.commands.verify",
     "embed": "featcache.commands.embed",
+    "embed_together": "featcache.commands.embed",
     "explain": "featcache.commands.explain",
     "fit": "featcache.commands.fit",
     "info": "featcache.commands.info",
     "load_backbone": "featcache.backbones",
     "make_backbone": "featcache.backbones",
+    "merge": "featcache.commands.merge",
+    "plan": "featcache.commands.plan",
     "predict": "featcache.commands.predict",
     "repair": "featcache.commands.repair",
     "verify": "featcache.commands.verify",
@@ -67,18 +76,24 @@ __all__ = [
     "FeatureStore",
     "FitResult",
     "Info",
+    "MergeResult",
     "Model",
+    "PlanResult",
     "PredictResult",
     "Prediction",
     "Preprocessing",
     "RepairResult",
+    "Shard",
     "VerifyResult",
     "embed",
+    "embed_together",
     "explain",
     "fit",
     "info",
     "load_backbone",
     "make_backbone",
+    "merge",
+    "plan",
     "predict",
     "repair",
     "verify",

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -116,6 +118,24 @@ allowed_backbone_option = click.option(
 )
 
 
+def _choose_shard(ctx: click.Context, parameter: click.Parameter, value: str | None) -> Any:
+    from featcache.sharding import Shard, shard_of_environment
+
+    if value is None:
+        return shard_of_environment(os.environ)
+    try:
+        return Shard.parse(value)
+    except ValueError as exc:
+        raise click.BadParameter(str(exc)) from exc
+
+
+shard_option = click.option(
+    "--shard", metavar="INDEX/COUNT", callback=_choose_shard,
+    help="Embed this part of the images, and join all parts once they are there. 0/1: all of them. "
+    "Default: as torchrun or Slurm says.",
+)  # fmt: skip
+
+
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="featcache")
 def main() -> None:
@@ -128,65 +148,121 @@ def main() -> None:
     """
 
 
-@main.command(short_help="Embed images into a feature store, only what it lacks.")
+# What determines features and how they are computed, the same for `embed` and `plan`.
+_EMBED_OPTIONS = (
+    click.option(
+        "--weights", metavar="FILE|random",
+        help="A .safetensors or .pth file instead of the pretrained weights, or seeded random ones.",
+    ),
+    seed_option,
+    click.option(
+        "--node", "nodes", multiple=True, metavar="NAME[:avg|max|cls]",
+        help="A node of the backbone's graph; repeatable. Default: the penultimate features.",
+    ),
+    click.option(
+        "--views", type=click.IntRange(1, 1000), default=1, show_default=True, metavar="K",
+        help="Vectors of each image: of the plain one and of K - 1 augmented ones.",
+    ),
+    root_option,
+    follow_links_option,
+    device_option,
+    click.option(
+        "--precision", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32",
+        show_default=True, help="Of the forward pass.",
+    ),
+    click.option(
+        "--store-dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True,
+        help="Of the stored features.",
+    ),
+    click.option(
+        "--jpeg-scaled", "jpeg", is_flag=True, flag_value="scaled", default="full",
+        help="Let the decoder shrink large JPEGs: faster, and other features.",
+    ),
+    click.option(
+        "--engine", type=click.Choice(["auto", "torch-eager", "torch-compiled", "onnx"]), default="auto",
+        show_default=True,
+        help="What runs the backbone. auto: the store's own; for a new store the fastest that proves itself.",
+    ),
+    click.option(
+        "--decoder", type=click.Choice(["auto", "exact", "fast"]), default="auto", show_default=True,
+        help="What resizes images: exactly as torchvision on PIL images, or within 2 of 255 of it.",
+    ),
+    batch_size_option,
+    workers_option,
+)  # fmt: skip
+
+
+def embed_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(_EMBED_OPTIONS):
+        command = option(command)
+    return command
+
+
+@main.command(short_help="Embed images into feature stores, only what they lack.")
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path, dir_okay=False), metavar="STORE.h5",
-    help="The feature store to make or to bring up to date.",
+    "-o", "--output", required=True, type=click.Path(dir_okay=False), metavar="STORE.h5",
+    help="The feature store to make or to bring up to date; with {backbone} in it, one for each backbone.",
 )  # fmt: skip
 @click.option(
-    "--backbone", default="resnet18", show_default=True, metavar="NAME",
-    help="A name of `featcache backbones`, NAME@WEIGHTS, or your own module:function.",
+    "--backbone", "backbones", multiple=True, default=("resnet18",), show_default=True, metavar="NAME",
+    help="A name of `featcache backbones`, NAME@WEIGHTS, or your own module:function; repeatable: each has a "
+    "store, and images are decoded once.",
 )  # fmt: skip
+@embed_options
 @click.option(
-    "--weights", metavar="FILE|random",
-    help="A .safetensors or .pth file instead of the pretrained weights, or seeded random ones.",
+    "--isolate", is_flag=True,
+    help="Decode in processes, so that an image that crashes its decoder costs its row and not the run.",
 )  # fmt: skip
-@seed_option
-@click.option(
-    "--node", "nodes", multiple=True, metavar="NAME[:avg|max|cls]",
-    help="A node of the backbone's graph; repeatable. Default: the penultimate features.",
-)  # fmt: skip
-@root_option
-@follow_links_option
-@device_option
-@click.option(
-    "--precision", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32",
-    show_default=True, help="Of the forward pass.",
-)  # fmt: skip
-@click.option(
-    "--store-dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True,
-    help="Of the stored features.",
-)  # fmt: skip
-@click.option(
-    "--engine", type=click.Choice(["auto", "torch-eager", "onnx"]), default="auto", show_default=True,
-    help="What runs the backbone. auto: the store's own; for a new store the fastest that proves itself.",
-)  # fmt: skip
-@batch_size_option
-@workers_option
 @max_failures_option
+@shard_option
 @dry_run_option
 @json_option
 @quiet_option
 @click.pass_context
-def embed(ctx: click.Context, /, data: Path, *, as_json: bool, quiet: bool, **options: Any) -> None:
+def embed(
+    ctx: click.Context,
+    /,
+    data: Path,
+    *,
+    output: str,
+    backbones: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
     """Embed the images of DATA into a feature store, computing only what is not there yet.
 
     DATA is a folder of class folders, the same under train/ val/ test/, or a CSV with the columns
     path,label[,split]. The same command again goes on where a run stopped and embeds only images that are
     new or changed. Exit code 3: done, but some images failed.
     """
-    from featcache.commands.embed import embed as run
+    from featcache.commands.embed import EmbedResults, embed_together
     from featcache.images.decode import silence_pillow_warnings
     from featcache.progress import make_progress
     from featcache.spec import PENULTIMATE
 
     silence_pillow_warnings()
     options["nodes"] = options["nodes"] or (PENULTIMATE,)
-    result = run(data, progress=make_progress(quiet=quiet), **options)
-    _emit(result, as_json=as_json)
-    if result.failed:
+    outputs = _store_names(output, backbones)
+    if len(outputs) > 1 and options["weights"] not in (None, "random"):
+        raise click.UsageError("--weights FILE is of one backbone: embed it in a run of its own.")
+    results = embed_together(data, outputs, progress=make_progress(quiet=quiet), **options)
+    _emit(results[0] if len(results) == 1 else EmbedResults(results), as_json=as_json)
+    if any(result.failed for result in results):
         ctx.exit(DONE_WITH_SKIPS)
+
+
+def _store_names(output: str, backbones: tuple[str, ...]) -> dict[str, Path]:
+    """{backbone: its store}; usage errors where two of them would have one."""
+    names = dict.fromkeys(backbones)
+    if len(names) > 1 and "{backbone}" not in output:
+        raise click.UsageError(
+            f"{len(names)} backbones need a store each: write {{backbone}} where their names go, "
+            "such as -o 'photos.{backbone}.h5'."
+        )
+    # A name may hold what a file name cannot.
+    return {name: Path(output.replace("{backbone}", re.sub(r"[/:\\]", ".", name))) for name in names}
 
 
 @main.command(short_help="Compare a store with its checksums and images.")
@@ -255,6 +331,54 @@ def repair(ctx: click.Context, /, store: Path, *, as_json: bool, quiet: bool, **
     _emit(result, as_json=as_json)
     if result.failed:
         ctx.exit(DONE_WITH_SKIPS)
+
+
+@main.command(short_help="Join stores of one spec, such as shards, into one.")
+@click.argument("stores", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="STORE.h5...")
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path, dir_okay=False), metavar="STORE.h5",
+    help="The feature store to make; it may be one of those to join.",
+)  # fmt: skip
+@json_option
+@click.pass_context
+def merge(ctx: click.Context, /, stores: tuple[Path, ...], *, output: Path, as_json: bool) -> None:
+    """Join complete stores of one spec by the ids of their images. Needs neither torch nor the images.
+
+    For shards that were embedded on machines without a common disk; on one disk `embed --shard` joins them
+    itself. Stores that disagree on an image, or lack a shard, are refused. Exit code 3: done, but some rows
+    have no features.
+    """
+    from featcache.commands.merge import merge as run
+
+    result = run(stores, output)
+    _emit(result, as_json=as_json)
+    if result.failed:
+        ctx.exit(DONE_WITH_SKIPS)
+
+
+@main.command(short_help="Say what embedding will take, and what is the wall.")
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), metavar="STORE.h5",
+    help="A store, there or not: what it has is not embedded again.",
+)  # fmt: skip
+@click.option("--backbone", default="resnet18", show_default=True, metavar="NAME", help="As for embed.")
+@embed_options
+@json_option
+@quiet_option
+def plan(data: Path, *, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Say what `embed` with the same options will take: time, disk, memory, and the stage that is the wall.
+
+    Does what embed does, but embeds images from all over DATA for about two seconds only, and writes nothing.
+    """
+    from featcache.commands.plan import plan as run
+    from featcache.images.decode import silence_pillow_warnings
+    from featcache.progress import make_progress
+    from featcache.spec import PENULTIMATE
+
+    silence_pillow_warnings()
+    options["nodes"] = options["nodes"] or (PENULTIMATE,)
+    _emit(run(data, progress=make_progress(quiet=quiet), **options), as_json=as_json)
 
 
 @main.command(short_help="Say what features are of, and what is reused.")

@@ -1,16 +1,15 @@
-"""Carrying out a plan: a store made, filled, grown and named, so that only its pending rows are computed.
+"""Carrying out a plan for one store: made or gone on with, and named once its pending rows are computed.
 
-Knows neither how images are listed nor how the plan came about; the caller holds the store's lock.
+Knows neither how images are listed nor how the plan came about, nor what fills the store, which is
+`featcache.together`. The caller holds the store's lock.
 """
 
 from __future__ import annotations
 
 import shlex
 import sys
-import time
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,20 +21,18 @@ from featcache import versions
 from featcache.disk import disk_errors
 from featcache.errors import StoreError, TooManyFailures
 from featcache.filling import StoreFilling
-from featcache.images.decode import load_image
+from featcache.images.decode import Decoder, load_image
 from featcache.images.identity import ImageFailure
 from featcache.images.paths import resolve, show_path
-from featcache.interrupts import StopRequest, graceful_stop
-from featcache.pipeline import EmbeddedBatch, StageSeconds, embed_files
+from featcache.pipeline import Stages
 from featcache.progress import Progress
 from featcache.records import RowStatus
-from featcache.request import Embedder, recorded_batch_size
+from featcache.request import Embedder, ReadyEngine, recorded_batch_size, recorded_decoder
 from featcache.reuse import ReusePlan
 from featcache.spec import FeatureSpec
 from featcache.store.files import StoreFiles
 from featcache.store.layout import create_store
 from featcache.store.reader import FeatureStore
-from featcache.store.writer import StoreWriter
 
 _SHOWN = 10  # failures named in a summary
 UNRECORDED = "an unrecorded engine"
@@ -57,7 +54,7 @@ class Embedded:
     reasons: Mapping[int, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     images_per_second: float = 0.0
-    slowest_stage: str = ""
+    stages: Mapping[str, float] = field(default_factory=dict)  # by `Stages.summary`
 
     @property
     def computed(self) -> int:
@@ -82,9 +79,10 @@ class Embedded:
 class Embedding:
     """One run over one store.
 
-    data: where the images are, for the provenance of a new file. keep_growths: leave unfinished growths that
-    are not of this run, for their rows are not all in the plan. count_known_failures: whether `max_failures`
-    is also for rows that failed in an earlier run.
+    data: where the images are, for the provenance of a new file. isolate: decode in processes. also_recorded:
+    what else is to stand there. keep_growths: leave unfinished growths that are not of this run, for their
+    rows are not all in the plan. count_known_failures: whether `max_failures` is also for rows that failed in
+    an earlier run.
     """
 
     files: StoreFiles
@@ -93,28 +91,28 @@ class Embedding:
     workers: int
     max_failures: float
     progress: Progress
+    isolate: bool = False
     keep_growths: bool = False
     count_known_failures: bool = True
+    also_recorded: Mapping[str, Any] = field(default_factory=dict)
 
-    def carry_out(self, plan: ReusePlan, spec: FeatureSpec) -> Embedded:
+    def carry_out(self, plan: ReusePlan, spec: FeatureSpec) -> CarryOut:
         """Bring the store to what `plan` says, within a file that has just its rows or in a new one.
 
+        To be driven by `featcache.together`: what is yielded is to be filled before the generator goes on.
         TooManyFailures: more rows failed than `max_failures` allows; what was embedded is kept.
         """
         stores = [cache.store for cache in plan.caches]
-        index = next((i for i in range(len(stores)) if plan.can_continue(i)), None)
+        index = self._to_continue(plan)
         if index is not None and stores[index].complete:
             self.files.take_name(stores[index].path, keep_growths=self.keep_growths)
             embedded = Embedded(plan=plan, status=plan.reused_status)
-            self._stop_if_too_many(embedded)
+            self.stop_if_too_many(embedded)
             return embedded
         self._settle_engine(plan, spec, stores if index is None else [stores[index]])
         target = stores[index] if index is not None else self._create(plan, spec)
-        filling = StoreFilling(plan, target)
-        stages = StageSeconds()
-        begun = time.perf_counter()
-        self._fill(filling, stages)
-        seconds = time.perf_counter() - begun
+        opened = OpenedStore(self, StoreFilling(plan, target))
+        yield opened
         with disk_errors(target.path, doing="reading"):
             in_place = target.layout.buffer.is_still(target.path)
         if not in_place:
@@ -123,24 +121,29 @@ class Embedding:
                 "was moved to, if anywhere: move it back, then run the same command again."
             )
         self.files.take_name(target.path, keep_growths=self.keep_growths)
-        embedded = _so_far(filling)
-        slowest = max(stages.as_dict(), key=lambda name: stages.as_dict()[name])
-        return Embedded(
-            plan=plan,
-            status=filling.status,
-            reasons=filling.reasons,
-            notes=tuple(filling.notes()),
-            images_per_second=round(len(plan.pending) / seconds, 2) if embedded.computed else 0.0,
-            slowest_stage=slowest,
-        )
+        return opened.embedded()
+
+    def _can_continue(self, plan: ReusePlan, index: int) -> bool:
+        """Whether to go on within a file of the plan; never within one that only lends its rows."""
+        return self.files.has(plan.caches[index].store.path) and plan.can_continue(index)
+
+    def settle_engine(self, plan: ReusePlan, spec: FeatureSpec) -> None:
+        """Make ready the engine for the pending rows: that of the store to go on with, if there is one."""
+        stores = [cache.store for cache in plan.caches]
+        index = self._to_continue(plan)
+        self._settle_engine(plan, spec, stores if index is None else [stores[index]])
+
+    def _to_continue(self, plan: ReusePlan) -> int | None:
+        """The first of the plan's stores that the run can go on within."""
+        return next((i for i in range(len(plan.caches)) if self._can_continue(plan, i)), None)
 
     def _settle_engine(self, plan: ReusePlan, spec: FeatureSpec, stores: Sequence[FeatureStore]) -> None:
         """Make ready the engine for the pending rows: that of the last of `stores` to go on with, if any."""
         if not len(plan.pending):
             return
 
-        def samples() -> NDArray[np.uint8]:
-            return _some_pictures(plan, spec)
+        def samples(decoder: Decoder) -> NDArray[np.uint8]:
+            return _some_pictures(plan, spec, decoder)
 
         if stores:
             ready = self.embedder.engine_for(stores[-1], output=self.files.output, samples=samples)
@@ -163,6 +166,7 @@ class Embedding:
             "weights": ready.weights if ready else old["weights"],
             "versions": versions.installed(),
             "engine": engine,
+            "decoder": ready.decoder if ready else recorded_decoder(old),
             "engine_choice": dict(ready.why) if ready else old.get("engine_choice", {}),
             "earlier_engines": earlier_engines(plan, engine),
             "device": ready.engine.device if ready else old["device"],
@@ -170,6 +174,7 @@ class Embedding:
             "data": dict(self.data),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": _command(),
+            **self.also_recorded,
         }
         create_store(
             path,
@@ -180,72 +185,7 @@ class Embedding:
         )
         return FeatureStore.open(path, check=False)
 
-    def _fill(self, filling: StoreFilling, stages: StageSeconds) -> None:
-        """Compute and write all rows, or as many as are written when a signal asks to stop."""
-        if len(filling.plan.pending):
-            self.progress.start("embedding", total=len(filling.plan.pending), unit="images")
-        try:
-            with graceful_stop() as stop, StoreWriter(filling.target.layout) as writer:
-                self._fill_until(stop, filling, writer, stages)
-            if not filling.finished:
-                raise KeyboardInterrupt  # whoever handled the signal before us let the process go on
-        except KeyboardInterrupt as exc:
-            kept, rows = filling.written_rows, len(filling.plan.table.ids)
-            exc.add_note(
-                f"{kept:,} of {rows:,} rows are kept; run the same command again to go on"
-                if kept
-                else f"none of {rows:,} rows is kept; the same command begins again"
-            )
-            raise
-        finally:
-            self.progress.finish()
-
-    def _fill_until(
-        self, stop: StopRequest, filling: StoreFilling, writer: StoreWriter, stages: StageSeconds
-    ) -> None:
-        said = False
-        with closing(self._batches(filling.plan, stages)) as batches:
-            for batch in batches:
-                if stop.requested and not filling.in_progress:
-                    return
-                if stop.requested and not said:
-                    self.progress.note(
-                        f"stopping after {filling.rows_to_finish:,} more images, when this block is written; "
-                        f"Ctrl-C again stops at once and loses {filling.rows_at_risk:,}"
-                    )
-                    said = True
-                filling.add(batch)
-                begun = time.perf_counter()
-                written = self._write_ready(filling, writer, stop)
-                stages.writing += time.perf_counter() - begun
-                self.progress.advance(len(batch.outcomes), stages=stages.as_dict())
-                if stop.requested and written:
-                    return
-        self._write_ready(filling, writer, stop)  # where every row is reused there was no batch
-
-    def _batches(self, plan: ReusePlan, stages: StageSeconds) -> Generator[EmbeddedBatch]:
-        ready = self.embedder.ready
-        if ready is None:
-            return
-        yield from embed_files(
-            [resolve(plan.root, plan.table.ids[row]) for row in plan.pending],
-            engine=ready.engine,
-            preprocessing=ready.spec.preprocessing,
-            workers=self.workers,
-            stages=stages,
-        )
-
-    def _write_ready(self, filling: StoreFilling, writer: StoreWriter, stop: StopRequest) -> int:
-        written = 0
-        while filling.write_next(writer):
-            written += 1
-            if stop.requested:
-                break
-        if written:
-            self._stop_if_too_many(_so_far(filling))
-        return written
-
-    def _stop_if_too_many(self, embedded: Embedded) -> None:
+    def stop_if_too_many(self, embedded: Embedded) -> None:
         failures = embedded.failures(of_this_run=not self.count_known_failures)
         rows = len(embedded.status)
         if len(failures) <= max(1, self.max_failures * rows):
@@ -257,6 +197,44 @@ class Embedding:
             "Mend or remove them, or allow more with --max-failures, then run the same command again: "
             "what was embedded is kept."
         )
+
+
+@dataclass(eq=False)
+class OpenedStore:
+    """A store on the way to what its plan says.
+
+    seconds, stages: of the pass that filled it, which may have filled others too.
+    """
+
+    embedding: Embedding
+    filling: StoreFilling
+    seconds: float = 0.0
+    stages: Stages = field(default_factory=Stages)
+
+    @property
+    def ready(self) -> ReadyEngine | None:
+        """What computes its pending rows; None where there are none."""
+        return self.embedder.ready if len(self.filling.plan.pending) else None
+
+    @property
+    def embedder(self) -> Embedder:
+        return self.embedding.embedder
+
+    def so_far(self) -> Embedded:
+        filling = self.filling
+        return Embedded(plan=filling.plan, status=filling.status, reasons=filling.reasons)
+
+    def embedded(self) -> Embedded:
+        """What came of it, once it is filled."""
+        found = replace(self.so_far(), notes=tuple(self.filling.notes()))
+        if not found.computed:
+            return found
+        speed = round(len(found.plan.pending) / max(self.seconds, 1e-9), 2)
+        return replace(found, images_per_second=speed, stages=self.stages.summary(self.seconds))
+
+
+# Yields once, where rows are to be written, and returns what came of it.
+CarryOut = Generator[OpenedStore, None, Embedded]
 
 
 def failure_lines(failures: Sequence[tuple[str, str]], *, store: str) -> list[str]:
@@ -272,11 +250,11 @@ def _command() -> str:
     return shlex.join([Path(program).name, *arguments])[:2000]
 
 
-def _some_pictures(plan: ReusePlan, spec: FeatureSpec) -> NDArray[np.uint8]:
+def _some_pictures(plan: ReusePlan, spec: FeatureSpec, decoder: Decoder) -> NDArray[np.uint8]:
     """(up to 4, S, S, 3) of those to embed, from all over the data set."""
     size, ids = spec.preprocessing.crop_size, plan.table.ids
     rows = plan.pending[:: max(1, len(plan.pending) // SAMPLES)][:SAMPLES].tolist()
-    images = [load_image(resolve(plan.root, ids[row]), spec.preprocessing) for row in rows]
+    images = [load_image(resolve(plan.root, ids[row]), spec.preprocessing, decoder=decoder) for row in rows]
     pixels = [image.pixels for image in images if not isinstance(image, ImageFailure)]
     return np.stack([np.zeros((size, size, 3), dtype=np.uint8), *pixels])[1:]
 
@@ -290,7 +268,3 @@ def earlier_engines(plan: ReusePlan, engine: str) -> list[str]:
         earlier = recorded.get("earlier_engines")
         names += [recorded.get("engine"), *(earlier if isinstance(earlier, list) else ())]
     return sorted({name for name in names if isinstance(name, str) and name != engine})
-
-
-def _so_far(filling: StoreFilling) -> Embedded:
-    return Embedded(plan=filling.plan, status=filling.status, reasons=filling.reasons)

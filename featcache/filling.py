@@ -133,7 +133,7 @@ class StoreFilling:
         for index, cache in enumerate(self.plan.caches):
             here = np.flatnonzero(origin_store == index)
             for key, array in arrays.items():
-                array[here] = cache.store.map(key)[origin_row[here]]
+                array[here] = cache.store.dataset(key)[origin_row[here]]
 
     def _has_pending(self, block: int) -> bool:
         return bool((self.status[self.target.layout.rows_of(block)] == RowStatus.PENDING).any())

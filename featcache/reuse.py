@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,6 +29,7 @@ from featcache.store.reader import FeatureStore
 
 # What became of these images is decided by their bytes alone; the other failures are tried again.
 _DECIDED_BY_BYTES = (RowStatus.OK, RowStatus.UNDECODABLE, RowStatus.TOO_LARGE, RowStatus.NON_FINITE)
+_ROW_COLUMNS = ("origin_store", "origin_row", "sources", "by_stat", "relabelled_rows")  # of a plan
 
 
 class Reason(Enum):
@@ -66,11 +68,14 @@ class CachedRows:
         self.status = store.row_status
         self.sources = np.zeros(len(store), SOURCE_DTYPE)
         self.sources[self.done] = store.sources[self.done]
-        ids = store.table.ids
-        known = np.flatnonzero(self.done).tolist() if store.sealed else ()
-        self.by_path = {ids[row]: row for row in known}
         self._damaged = [state.is_damage for state in states]
-        self._stats = list(zip(*(self.sources[name].tolist() for name in STAT_COLUMNS), strict=True))
+
+    @cached_property
+    def by_path(self) -> dict[str, int]:
+        """The rows by path; none without a seal."""
+        ids = self.store.table.ids
+        known = np.flatnonzero(self.done).tolist() if self.store.sealed else ()
+        return {ids[row]: row for row in known}
 
     @cached_property
     def row_of(self) -> dict[str, int]:
@@ -88,6 +93,16 @@ class CachedRows:
     def is_damaged(self, row: int) -> bool:
         """Whether the row's block was written and is no longer what was written."""
         return self._damaged[row // self.store.layout.block_rows]
+
+    def rows_of(self, paths: tuple[str, ...]) -> NDArray[np.int64]:
+        """int64 ndarray (n_paths,): the row of each path, -1 where the store cannot vouch for one."""
+        if self.store.sealed and paths == self.store.table.ids:
+            return np.where(self.done, np.arange(len(paths)), -1)
+        return np.fromiter((self.by_path.get(path, -1) for path in paths), np.int64, len(paths))
+
+    @cached_property
+    def _stats(self) -> list[tuple[int, ...]]:
+        return list(zip(*(self.sources[name].tolist() for name in STAT_COLUMNS), strict=True))
 
     def has_stat(self, row: int, stat: FileStat) -> bool:
         return self._stats[row] == stat.as_tuple()
@@ -124,6 +139,20 @@ class ReusePlan:
             sources=np.zeros(n, SOURCE_DTYPE),
             by_stat=np.zeros(n, dtype=bool),
             relabelled_rows=np.zeros(n, dtype=bool),
+        )
+
+    def only(self, rows: NDArray[np.intp]) -> Self:
+        """The plan for some of its rows, in order."""
+        table = self.table
+        return replace(
+            self,
+            table=replace(
+                table,
+                ids=tuple(table.ids[row] for row in rows.tolist()),
+                labels=table.labels[rows],
+                splits=table.splits[rows],
+            ),
+            **{name: getattr(self, name)[rows] for name in _ROW_COLUMNS},
         )
 
     @property
@@ -226,23 +255,38 @@ def plan_reuse(
     plan = ReusePlan.nothing_known(
         listing.root, RowTable.from_records(listing.records, listing.classes), caches
     )
-    unknown = [i for i, record in enumerate(listing.records) if not _take_by_stat(plan, i, record)]
-    if not any(cache.by_path or cache.by_sha256 for cache in caches):
-        unknown = []  # nothing to find: the run itself will read and hash every file
-    _take_by_content(plan, listing.records, unknown, workers=workers, on_read=on_read)
+    _take_by_stat(plan, listing.records)
+    unknown = np.flatnonzero(~plan.by_stat).tolist()
+    # Where there is nothing to find the run itself will read and hash every file.
+    if unknown and any(cache.by_path or cache.by_sha256 for cache in caches):
+        _take_by_content(plan, listing.records, unknown, workers=workers, on_read=on_read)
     return _compare_with_last(plan)
 
 
-def _take_by_stat(plan: ReusePlan, i: int, record: ImageRecord) -> bool:
+def holds_just(store: FeatureStore, listing: Listing) -> bool:
+    """Whether `store` has the rows of `listing`, all of them and no others, each file known by its stat."""
+    table = RowTable.from_records(listing.records, listing.classes)
+    if not (store.sealed and store.complete and store.table.equals(table)):
+        return False
+    plan = ReusePlan.nothing_known(listing.root, table, (CachedRows(store),))
+    _take_by_stat(plan, listing.records)
+    return bool(plan.by_stat.all())
+
+
+def _take_by_stat(plan: ReusePlan, records: Sequence[ImageRecord]) -> None:
+    n = len(records)
+    stats = {
+        name: np.fromiter(map(attrgetter(f"stat.{name}"), records), np.int64, n) for name in STAT_COLUMNS
+    }
     for index, cache in enumerate(plan.caches):
-        row = cache.by_path.get(record.path)
-        if row is None or not cache.has_stat(row, record.stat):
-            continue
-        if cache.status[row] in (*_DECIDED_BY_BYTES, RowStatus.MISSING):
-            _take(plan, i, index, row, record.stat)
-            plan.by_stat[i] = True
-            return True
-    return False
+        rows = cache.rows_of(plan.table.ids)
+        here = np.flatnonzero((rows >= 0) & ~plan.by_stat)
+        rows = rows[here]
+        same = np.isin(cache.status[rows], (*_DECIDED_BY_BYTES, RowStatus.MISSING))
+        for name, column in stats.items():
+            same &= cache.sources[name][rows] == column[here]
+        _take(plan, here[same], index, rows[same])
+        plan.by_stat[here[same]] = True
 
 
 def _take_by_content(
@@ -267,14 +311,16 @@ def _take_by_content(
                     row = cache.by_sha256.get(identity.sha256)
                     if row is None:
                         continue
-                _take(plan, i, index, row, identity.stat)
+                _take(plan, i, index, row)
+                for name, value in zip(STAT_COLUMNS, identity.stat.as_tuple(), strict=True):
+                    plan.sources[name][i] = value
                 break
 
 
-def _take(plan: ReusePlan, i: int, index: int, row: int, stat: FileStat) -> None:
-    plan.origin_store[i], plan.origin_row[i] = index, row
-    digest = plan.caches[index].sources["sha256"][row]
-    plan.sources[i] = (digest, *stat.as_tuple())
+def _take(plan: ReusePlan, here: Any, index: int, rows: Any) -> None:
+    """Take some rows of a store, or one, for as many of the plan."""
+    plan.origin_store[here], plan.origin_row[here] = index, rows
+    plan.sources[here] = plan.caches[index].sources[rows]
 
 
 def _compare_with_last(plan: ReusePlan) -> ReusePlan:
@@ -283,6 +329,8 @@ def _compare_with_last(plan: ReusePlan) -> ReusePlan:
         return plan
     cache = plan.caches[-1]
     old, new = cache.store.table, plan.table
+    if old.equals(new) and cache.done.all():
+        return plan
     old_names = list(zip(old.label_names(), old.splits.tolist(), strict=True))
     new_names = list(zip(new.label_names(), new.splits.tolist(), strict=True))
     renamed: Counter[bytes] = Counter()

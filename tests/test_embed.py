@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +21,11 @@ from featcache import pipeline
 from featcache.commands.embed import EmbedResult, embed
 from featcache.errors import DataError, ManifestError, SpecMismatch, StoreLocked, TooManyFailures
 from featcache.images import identity, walk
-from featcache.images.decode import load_image
+from featcache.images.decode import Decoder, load_image, load_pictures
 from featcache.images.identity import file_stat
 from featcache.progress import SilentProgress
 from featcache.records import FileStat, RowStatus
-from featcache.spec import Preprocessing
+from featcache.spec import Picture, Preprocessing
 from featcache.store.layout import read_layout
 from featcache.store.lock import write_lock
 from featcache.store.reader import FeatureStore
@@ -65,15 +65,15 @@ def by_id(path: Path) -> dict[str, tuple[list[float], str]]:
 
 
 def by_hand(image: Path) -> list[float]:
-    pixels = load_image(image, SIZE).pixels.astype(np.float64) / 255  # type: ignore[union-attr]
+    pixels = load_image(image, SIZE, decoder="fast").pixels.astype(np.float64) / 255  # type: ignore[union-attr]
     return list((pixels.mean((0, 1)) - 0.5) / 0.5)
 
 
 def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path, *_: object) -> None:
+    def refuse(path: Path, *_: object, **__: object) -> None:
         raise AssertionError(f"{path} was decoded")
 
-    monkeypatch.setattr(pipeline, "load_image", refuse)
+    monkeypatch.setattr(pipeline, "load_pictures", refuse)
 
 
 def test_features_are_those_of_the_image_by_path(photos: Path, store: Path, embedded: EmbedResult) -> None:
@@ -218,7 +218,7 @@ def test_two_folders_that_change_names_are_told_apart_by_inode(
     same_times = [save_image(photos / name / "same.bmp", seed=seed) for name, seed in (("a", 70), ("b", 71))]
 
     def without_ctime(result: os.stat_result) -> FileStat:
-        return replace(file_stat(result), ctime_ns=0)
+        return file_stat(result)._replace(ctime_ns=0)
 
     monkeypatch.setattr(walk, "file_stat", without_ctime)
     monkeypatch.setattr(identity, "file_stat", without_ctime)
@@ -365,12 +365,12 @@ def test_too_many_failures_stop_with_a_report_and_keep_the_rest(photos: Path, st
 def test_a_file_that_vanishes_during_the_run_is_a_row_not_a_crash(
     photos: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def vanish(path: Path, preprocessing: Preprocessing) -> object:
+    def vanish(path: Path, pictures: Sequence[Picture], *, decoder: Decoder) -> object:
         if path.name == "3.png":
             path.unlink()
-        return load_image(path, preprocessing)
+        return load_pictures(path, pictures, decoder=decoder)
 
-    monkeypatch.setattr(pipeline, "load_image", vanish)
+    monkeypatch.setattr(pipeline, "load_pictures", vanish)
     result = embed(photos, store, backbone=TOY)
     assert counts(result) == {"rows": 6, "embedded": 5, "failed": 1}
     assert FeatureStore.open(store).failed_rows() == [("class1/3.png", RowStatus.MISSING)]
@@ -440,14 +440,15 @@ def test_a_damaged_block_is_embedded_again_by_the_same_command(
     assert by_id(store) == good
 
 
-PLAIN = ("--batch-size", "4", "--engine", "torch-eager", "-q")
+# By name, so that no forward pass goes into choosing an engine: in a run that makes a store two compare the
+# decoders, and the n-th after them is about the n-th batch's. Two workers are at most five batches ahead.
+PLAIN = ("--batch-size", "4", "--engine", "torch-eager", "--workers", "2", "-q")
 
 
 def run_embed(
     *arguments: str, kill_at: int = 0, kill_with: str = "SIGKILL"
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        # By name, so that no forward pass goes into choosing an engine and the n-th is the n-th batch's.
         [sys.executable, "-m", "featcache", "embed", *arguments, *PLAIN],
         env={**os.environ, "KILL_AT": str(kill_at), "KILL_WITH": kill_with},
         cwd=Path(__file__).parent,
@@ -479,7 +480,7 @@ def test_a_run_killed_twice_resumes_to_the_very_bytes_of_an_undisturbed_one(
     assert run_embed(str(many), "-o", str(calm), *backbone).returncode == 0
     assert run_embed(str(many), "-o", str(store), *backbone, kill_at=80).returncode == -signal.SIGKILL
     assert FeatureStore.open(store).done.sum() == 256
-    assert run_embed(str(many), "-o", str(store), *backbone, kill_at=70).returncode == -signal.SIGKILL
+    assert run_embed(str(many), "-o", str(store), *backbone, kill_at=73).returncode == -signal.SIGKILL
     assert FeatureStore.open(store).done.sum() == 512
     last = run_embed(str(many), "-o", str(store), *backbone, "--json")
     assert last.returncode == 0, last.stderr
@@ -593,22 +594,37 @@ def test_another_backbone_is_refused_before_its_weights_are_looked_for(
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 @pytest.mark.parametrize(
-    ("kill_at", "kept"),
-    [(1, 0), (70, 320), (150, 600)],
+    ("kill_at", "least", "most"),
+    [(3, 0, 0), (72, 256, 320), (152, 576, 600)],
     ids=["before a row", "in the fifth block", "in the last block"],
 )
 def test_an_interrupted_run_finishes_its_block_and_says_what_is_kept(
-    many: Path, tmp_path: Path, name: str, code: int, kill_at: int, kept: int
+    many: Path, tmp_path: Path, name: str, code: int, kill_at: int, least: int, most: int
 ) -> None:
-    """600 rows in blocks of 64, in batches of 4: the 70th is in the fifth block, the 150th is the last."""
+    """600 rows in blocks of 64, in batches of 4, of which two are for the decoders.
+
+    A block in progress is finished; none is begun, and which is in progress depends on how far ahead of it
+    the signal came.
+    """
     store = tmp_path / "s.h5"
     arguments = (str(many), "-o", str(store), "--backbone", "killed_backbone:backbone")
     stopped = run_embed(*arguments, kill_at=kill_at, kill_with=name)
     assert stopped.returncode == code
+    done = np.flatnonzero(FeatureStore.open(store).done)
+    kept = len(done)
+    assert least <= kept <= most
+    assert kept % 64 == 0 or kept == 600, "whole blocks"
+    assert done.tolist() == list(range(kept))
     said = f"{kept} of 600 rows are kept; run the same command again" if kept else "none of 600 rows is kept"
     assert said in stopped.stderr
     assert "Traceback" not in stopped.stderr
-    assert np.flatnonzero(FeatureStore.open(store).done).tolist() == list(range(kept))
+
+
+def test_an_interrupt_while_decoders_are_compared_leaves_nothing(many: Path, tmp_path: Path) -> None:
+    arguments = (str(many), "-o", str(tmp_path / "s.h5"), "--backbone", "killed_backbone:backbone")
+    stopped = run_embed(*arguments, kill_at=1, kill_with="SIGINT")
+    assert (stopped.returncode, stopped.stderr) == (130, "Interrupted.\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["many"]
 
 
 def test_an_interrupt_says_once_what_it_waits_for(many: Path, store: Path) -> None:
@@ -693,6 +709,8 @@ def test_a_run_that_was_asked_to_stop_never_names_an_unfinished_store(
 
 
 def test_the_summary_tells_speed_and_size(embedded: EmbedResult) -> None:
-    said = replace(embedded, seconds=2.0, images_per_second=3.0, slowest_stage="forward").describe()
+    stages = {"decoding": 0.2, "forward": 0.7}
+    said = replace(embedded, seconds=2.0, images_per_second=3.0, stages=stages).describe()
     assert "6 rows: 6 embedded, 0 reused, 0 failed" in said
-    assert "3.0 images/s, mostly forward" in said
+    assert "in 2.0 s, 3.0 images/s; fingerprint" in said
+    assert "the network is the wall: 70% of its threads' time; decoding 20%" in said

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import nn
@@ -36,10 +37,10 @@ def frozen_model(model: Model) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     return network.eval(), original
 
 
-def largest_difference(data: Path, folder: Path) -> tuple[float, set[str], int]:
+def largest_difference(data: Path, folder: Path, *, decoder: str = "exact") -> tuple[float, set[str], int]:
     """max |cached logit - end-to-end logit|, the tensors that differ from the original, and the images."""
     store, path = folder / "store.h5", folder / "store.model"
-    embed(data, store, backbone="resnet18", weights="random", seed=0)
+    embed(data, store, backbone="resnet18", weights="random", seed=0, decoder=decoder)
     fit(store, path, head="linear", params={"weight_decay": 0.1, "epochs": 2})
     model = Model.load(path)
     network, original = frozen_model(model)
@@ -59,12 +60,14 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and bool((a == b).all())
 
 
+# By the fast decoder, whose pixels are within 2 of 255, 9e-5 was measured.
+@pytest.mark.parametrize(("decoder", "most"), [("exact", 1e-5), ("fast", 1e-3)])
 def test_cached_features_and_head_are_the_frozen_model(
-    tmp_path: Path, save_image: Callable[..., Path]
+    tmp_path: Path, save_image: Callable[..., Path], decoder: str, most: float
 ) -> None:
     for i in range(12):
         save_image(tmp_path / "photos" / f"class{i % 3}" / f"{i}.jpg", seed=i, size=(300, 260 + 7 * i))
-    worst, changed, n = largest_difference(tmp_path / "photos", tmp_path)
+    worst, changed, n = largest_difference(tmp_path / "photos", tmp_path, decoder=decoder)
     assert n == 12
-    assert worst < 1e-5
+    assert worst < most
     assert changed == {"fc.weight", "fc.bias"}

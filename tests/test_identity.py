@@ -21,6 +21,7 @@ from PIL import Image
 
 from featcache import pipeline, versions
 from featcache.commands.embed import EmbedResult, embed
+from featcache.engines import torch_eager
 from featcache.engines.torch_eager import TorchEager
 from featcache.errors import SpecMismatch, StoreLocked
 from featcache.images import identity
@@ -42,6 +43,9 @@ MUTATIONS: dict[type, dict[str, list[Any]]] = {
         "compute_dtype": ["bfloat16", "float16"],
         "store_dtype": ["float16"],
         "views": [2, 3],
+        # Where there is one view these draw nothing; tests/test_views.py has them where there are more.
+        "views_seed": [],
+        "augmentation": [],
     },
     Preprocessing: {
         "resize_size": [8, 9, 11],
@@ -52,6 +56,7 @@ MUTATIONS: dict[type, dict[str, list[Any]]] = {
         "std": [(0.229, 0.224, 0.2250001), (0.224, 0.229, 0.225), (1.0, 0.224, 0.225)],
         "color": ["rgb-over-white-2", "rgb-over-black-1"],
         "exif": ["ignore"],
+        "jpeg": ["scaled"],
     },
     FeatureNode: {
         "name": ["penultimate2", "penultimate:max", "pen"],
@@ -210,7 +215,7 @@ def test_an_image_changed_between_a_kill_and_its_resume_is_not_taken_from_the_ki
         stopping_after(1),
         pytest.raises(KeyboardInterrupt),
     ):
-        embed(photos, store, backbone=TOY, batch_size=2, workers=1)
+        embed(photos, store, backbone=TOY, batch_size=2, workers=1, decoder="exact")
     assert FeatureStore.open(store).done.tolist() == [True, True, False, False]
     overwrite(photos / "c0" / "0.png", tiny_png((99, 99, 99)).ljust(100, b"\0"))
     result = embed(photos, store, backbone=TOY, batch_size=2, workers=1)
@@ -226,7 +231,7 @@ def no_decoding() -> Iterator[None]:
     def refuse(path: Path, *_: object) -> None:
         raise AssertionError(f"{path} was decoded")
 
-    with mock.patch.object(pipeline, "load_image", refuse):
+    with mock.patch.object(pipeline, "load_pictures", refuse):
         yield
 
 
@@ -263,7 +268,7 @@ INSTALLED = versions.installed()
         ({"max_failures": 1.0}, {}),
         ({"follow_links": True}, {}),
         ({}, {(TorchEager, "name"): "another engine"}),
-        ({}, {(TorchEager, "device"): "cuda:0 (another machine)"}),
+        ({}, {(torch_eager, "device_words"): lambda device: "cuda:0 (another machine)"}),
         ({}, {(versions, "installed"): other_versions}),
         ({}, {(os, "getcwd"): lambda: "/"}),
     ],
@@ -287,7 +292,7 @@ def test_another_engine_or_device_makes_a_store_of_the_same_fingerprint(
     first = embed(photos, store, backbone=TOY)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TorchEager, "name", "another engine")
-        patch.setattr(TorchEager, "device", "cuda:0 (another machine)")
+        patch.setattr(torch_eager, "device_words", lambda device: "cuda:0 (another machine)")
         patch.setattr(versions, "installed", other_versions)
         other = embed(photos, tmp_path / "other.h5", backbone=TOY)
     assert other.fingerprint == first.fingerprint
@@ -451,6 +456,6 @@ def test_a_run_refused_by_another_changes_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(TorchEager, "embed", embed_again_meanwhile)
-        assert embed(photos, store, backbone=TOY, batch_size=2, workers=1).embedded == 4
+        assert embed(photos, store, backbone=TOY, batch_size=2, workers=1, decoder="exact").embedded == 4
     assert refused == [["photos", "store.h5", "store.h5.lock"]] * 2
     assert embed(photos, store, backbone=TOY).reused == 4

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,9 +27,9 @@ from featcache.errors import (
     StoreLocked,
     TooManyFailures,
 )
-from featcache.images.decode import load_image
+from featcache.images.decode import Decoder, load_pictures
 from featcache.records import RowStatus
-from featcache.spec import Preprocessing
+from featcache.spec import Picture
 from featcache.store.layout import RECORD_DTYPE, create_store, read_layout
 from featcache.store.lock import write_lock
 from featcache.store.reader import FeatureStore
@@ -101,11 +101,11 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files whose features are computed from here on."""
     names: list[str] = []
 
-    def load(path: Path, preprocessing: Preprocessing) -> object:
+    def load(path: Path, pictures: Sequence[Picture], *, decoder: Decoder) -> object:
         names.append(path.name)
-        return load_image(path, preprocessing)
+        return load_pictures(path, pictures, decoder=decoder)
 
-    monkeypatch.setattr(pipeline, "load_image", load)
+    monkeypatch.setattr(pipeline, "load_pictures", load)
     return names
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from featcache import update
 from featcache.commands.embed import embed
 from featcache.errors import StoreError
 from featcache.progress import SilentProgress, make_progress
@@ -117,8 +118,7 @@ def test_images_that_come_while_another_run_is_waited_for_are_not_taken_for_remo
     photos: Path, tmp_path: Path, save_image: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The listing is made under the lock: what was added before the lock was had is in it."""
-    module = sys.modules[embed.__module__]
-    store, plain = tmp_path / "s.h5", module.write_lock
+    store, plain = tmp_path / "s.h5", update.write_lock
     embed(photos, store, backbone=TOY)
 
     def lock_after_another_run(path: Path) -> object:
@@ -127,7 +127,7 @@ def test_images_that_come_while_another_run_is_waited_for_are_not_taken_for_remo
         embed(photos, store, backbone=TOY)
         return plain(path)
 
-    monkeypatch.setattr(module, "write_lock", lock_after_another_run)
+    monkeypatch.setattr(update, "write_lock", lock_after_another_run)
     result = embed(photos, store, backbone=TOY)
     assert (result.rows, result.removed) == (7, 0)
     assert np.isfinite(FeatureStore.open(store).features().X).all()

@@ -32,7 +32,7 @@ from featcache.images import scan_images
 from featcache.images.identity import ImageFailure, hash_image
 from featcache.images.paths import show_path
 from featcache.origin import find_origin, follows_links, image_file
-from featcache.pipeline import default_workers
+from featcache.processors import usable_processors
 from featcache.progress import Progress, SilentProgress
 from featcache.records import SPLITS, FileStat, Listing, RowStatus
 from featcache.request import Embedder, EmbedRequest, RecordedBackbone, absolute_weights
@@ -137,7 +137,7 @@ def _plan(
             )
         progress.advance(count)
 
-    plan = plan_reuse(listing, stores, workers=workers or default_workers(), on_read=on_read)
+    plan = plan_reuse(listing, stores, workers=workers or usable_processors(), on_read=on_read)
     progress.finish()
     return plan
 

@@ -19,9 +19,11 @@ from featcache.images import find_images
 from featcache.images.identity import ImageFailure
 from featcache.images.paths import show_path
 from featcache.model import Model
-from featcache.pipeline import EmbeddedBatch, default_workers, embed_files
+from featcache.pipeline import EmbeddedBatch, embed_files
+from featcache.processors import usable_processors
 from featcache.progress import Progress, SilentProgress
-from featcache.request import RecordedBackbone
+from featcache.request import RecordedBackbone, recorded_decoder
+from featcache.spec import Picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +116,9 @@ def predict(
     for batch in embed_files(
         files,
         engine=engine,
-        preprocessing=fitted.spec.preprocessing,
-        workers=workers or default_workers(),
+        pictures=(Picture(preprocessing=fitted.spec.preprocessing),),
+        decoder=recorded_decoder(fitted.provenance),
+        workers=workers or usable_processors(),
     ):
         names = files[len(predictions) : len(predictions) + len(batch.outcomes)]
         predictions += _predict_batch(fitted, batch, names, top_k=top_k)

@@ -23,7 +23,7 @@ from featcache.images.decode import load_image
 from featcache.images.identity import ImageFailure, file_stat
 from featcache.images.paths import resolve, show_path
 from featcache.origin import find_origin, find_root, follows_links, image_file
-from featcache.pipeline import default_workers
+from featcache.processors import usable_processors
 from featcache.progress import Progress, SilentProgress
 from featcache.records import NO_FILE, FileStat, RowStatus
 from featcache.request import Embedder
@@ -32,6 +32,7 @@ from featcache.store.blocks import BlockCheck
 from featcache.store.files import StoreFiles
 from featcache.store.lock import write_lock
 from featcache.store.reader import FeatureStore
+from featcache.together import carry_out
 from featcache.words import plural
 
 
@@ -125,7 +126,7 @@ def repair(
     DiskError; every acknowledged block is kept and the same call goes on from there.
     """
     begun = time.perf_counter()
-    workers = default_workers() if workers is None else workers
+    workers = usable_processors() if workers is None else workers
     if workers < 1 or (batch_size is not None and batch_size < 1):
         raise ValueError("workers and batch_size are at least 1")
     files = StoreFiles.at(store)
@@ -152,7 +153,7 @@ def repair(
             )
             plan = _plan(need, need.root, _growth_to_continue(files, need))
             recorded = _recorded_sha256(opened, need.damaged)
-            embedded = run.carry_out(plan, opened.spec)
+            embedded = carry_out(run.carry_out(plan, opened.spec))
             result = _repaired(need, run, embedded, _other_bytes(files, recorded))
     return replace(result, seconds=round(time.perf_counter() - begun, 3))
 

@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.engines import Engine
 from featcache.engines.agreement import LARGEST_DIFFERENCE, LOWEST_COSINE
 from featcache.images.identity import ImageFailure, hash_image
 from featcache.images.paths import show_path
 from featcache.origin import find_origin, find_root, image_file
-from featcache.pipeline import default_workers, embed_files
+from featcache.pipeline import embed_files
+from featcache.processors import usable_processors
 from featcache.progress import Progress, SilentProgress
 from featcache.records import RowStatus
-from featcache.request import Embedder
+from featcache.request import Embedder, ReadyEngine
 from featcache.store.blocks import BlockState
 from featcache.store.reader import FeatureStore
 from featcache.words import plural
@@ -249,12 +249,12 @@ def verify(
     opened = FeatureStore.open(store, check=False)
     states = opened.inspect()
     seconds = time.perf_counter() - begun
-    engine = None
+    ready = None
     if recompute:
         embedder = Embedder.of_store(
             opened, weights=weights, allowed=backbone, device=device, batch_size=batch_size
         )
-        engine = embedder.engine_for(opened, output=opened.path).engine
+        ready = embedder.engine_for(opened, output=opened.path)
     images = None
     if sources or recompute:
         origin = find_origin(opened, data=data, root=root)
@@ -262,7 +262,7 @@ def verify(
             store=opened,
             root=find_root(opened, data=data, root=root),
             follow_links=origin["follow_links"],
-            workers=workers or default_workers(),
+            workers=workers or usable_processors(),
             progress=progress or SilentProgress(),
         )
     return VerifyResult(
@@ -275,7 +275,7 @@ def verify(
         pending=sum(_length(opened, b) for b, state in enumerate(states) if state is BlockState.PENDING),
         failed=len(opened.failed_rows()),
         sources=_check_sources(images) if images and sources else None,
-        recomputed=_recompute(images, engine, count=recompute, seed=seed) if images and engine else None,
+        recomputed=_recompute(images, ready, count=recompute, seed=seed) if images and ready else None,
     )
 
 
@@ -334,7 +334,7 @@ def _check_sources(images: _Images) -> SourceCheck:
     return SourceCheck(same=len(rows) - len(other), other=other, not_compared=len(store) - len(rows))
 
 
-def _recompute(images: _Images, engine: Engine, *, count: int, seed: int) -> Recomputed:
+def _recompute(images: _Images, ready: ReadyEngine, *, count: int, seed: int) -> Recomputed:
     """Embed `count` rows that have features again, drawn at random, and compare them with the store's."""
     store, ids = images.store, images.store.table.ids
     usable = np.flatnonzero(store.row_status == RowStatus.OK)
@@ -345,8 +345,9 @@ def _recompute(images: _Images, engine: Engine, *, count: int, seed: int) -> Rec
     images.progress.start("embedding again", total=len(rows), unit="images")
     for batch in embed_files(
         [images.file(row) for row in rows],
-        engine=engine,
-        preprocessing=store.spec.preprocessing,
+        engine=ready.engine,
+        pictures=store.spec.pictures(),
+        decoder=ready.decoder,
         workers=images.workers,
     ):
         for place, outcome in enumerate(batch.outcomes):
@@ -391,7 +392,7 @@ def _compare(store: FeatureStore, row: int, vectors: Mapping[str, NDArray[np.flo
     with np.errstate(over="ignore", invalid="ignore"):
         distances = []
         for key, vector in vectors.items():
-            have = store.map(key)[row]
+            have = store.dataset(key)[row]
             distances.append(_distance(have.astype(np.float64), vector.astype(have.dtype).astype(np.float64)))
     return _Distance(
         largest=float(np.max([d.largest for d in distances])),

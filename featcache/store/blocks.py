@@ -19,7 +19,7 @@ from featcache.store.layout import RECORD_DTYPE, Region, StoreLayout
 MAGIC = b"FCB1"
 DONE = 1
 _CHECKED_AT_ONCE = 1 << 20  # bytes; they stay in the processor's cache between reading and checking
-_STATUS_OF_DONE_ROWS = [status for status in RowStatus if status is not RowStatus.PENDING]
+_MAY_BE_DONE = np.isin(np.arange(256), [status for status in RowStatus if status is not RowStatus.PENDING])
 _CHECKERS = 4  # threads; more of them only wait for memory
 
 
@@ -97,7 +97,7 @@ class BlockCheck:
             return False
         # Under a right checksum only a forged file has rows of no known status.
         status = self._layout.read(self._layout.row_status, self._layout.rows_of(block))
-        return bool(np.isin(status, _STATUS_OF_DONE_ROWS).all())
+        return bool(_MAY_BE_DONE[status].all())
 
     def has_sound_features(self, block: int) -> bool:
         crc = self._crc(self._features, block, start=spec_crc(self._layout))

@@ -1,7 +1,7 @@
-"""The names around a store: the store itself and its growths, finished or not. Knows no rows.
+"""The names around a store: the store itself, its growths and its shards, finished or not. Knows no rows.
 
 A growth that no longer fits is not replaced but joined by a further one, since its rows may be in no other
-file.
+file. A shard is a store of its own beside the store, with growths and a lock of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Self
 
 from featcache.disk import disk_errors, replace_durably, sync_file
-from featcache.errors import StoreError
+from featcache.errors import DamagedStore, NotAStore, StoreError
 from featcache.store.reader import FeatureStore
 
 
@@ -63,11 +63,27 @@ class StoreFiles:
     def _growth(self, number: int) -> Path:
         return self.output.with_name(self.output.name + ".growing" + (f".{number}" if number else ""))
 
-    def open_all(self) -> list[FeatureStore]:
+    def shard(self, index: int, count: int) -> Self:
+        """The files of one of `count` shards: `STORE.shard-0-of-3`, …"""
+        return type(self)(self.output.with_name(f"{self.output.name}.shard-{index}-of-{count}"))
+
+    @property
+    def shards(self) -> dict[tuple[int, int], Self]:
+        """The shards that left anything, be it a lock file, by (count, index)."""
+        pattern = r"\.shard-(0|[1-9]\d*)-of-([1-9]\d*)(\.growing(\.[1-9]\d*)?)?(\.creating)?(\.lock)?"
+        found = {(int(match[2]), int(match[1])) for match in self._matches(pattern)}
+        return {(count, index): self.shard(index, count) for count, index in sorted(found) if index < count}
+
+    def has(self, path: Path) -> bool:
+        """Whether the file at `path` is the store or a growth of it, and not merely beside it."""
+        return path == self.output or path in self.growths
+
+    def open_all(self, *, without_shards_of: int | None = None) -> list[FeatureStore]:
         """Unfinished growths, the newest first, so that its rows are found first; then the store itself.
 
-        One whose seal is broken is among them for its rows. A growth damaged otherwise is passed over: what
-        it held is computed again. Blocks are not checked.
+        Shards come between them, but not those of so many. One whose seal is broken is among them for its
+        rows. A growth or shard damaged otherwise is passed over: what it held is computed again. Blocks are
+        not checked.
         """
         stores = []
         with disk_errors(self.output, doing="opening"):
@@ -75,9 +91,23 @@ class StoreFiles:
             for path in reversed(self.growths):
                 with suppress(StoreError):
                     stores.append(FeatureStore.salvage(path))
+            for (count, _), files in self.shards.items():
+                if count != without_shards_of:
+                    stores += files._open_as_shard()
             if self.output.exists():
                 stores.append(FeatureStore.salvage(self.output))
         return stores
+
+    def _open_as_shard(self) -> list[FeatureStore]:
+        """All files of a shard, or none of one that is damaged beyond use or was joined meanwhile."""
+        try:
+            return self.open_all()
+        except DamagedStore:
+            return []
+        except NotAStore:
+            if os.path.lexists(self.output):
+                raise
+            return []
 
     def require_no_folders(self) -> None:
         """StoreError where a folder has the name of an unfinished store, which will be needed or removed."""
@@ -104,4 +134,10 @@ class StoreFiles:
             if path != self.output:
                 replace_durably(path, self.output)
             for left in (*self.half_created, *reversed(growths)):
+                left.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Remove the store and its growths, itself last, so that after a kill the rest is still found."""
+        with disk_errors(self.output, doing="removing"):
+            for left in (*self.half_created, *reversed(self.growths), self.output):
                 left.unlink(missing_ok=True)

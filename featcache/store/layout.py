@@ -71,7 +71,7 @@ class Region:
 
     @property
     def row_bytes(self) -> int:
-        return int(self.dtype.itemsize * np.prod(self.shape[1:], dtype=np.int64))
+        return self.dtype.itemsize * math.prod(self.shape[1:])
 
     @property
     def nbytes(self) -> int:
@@ -79,8 +79,7 @@ class Region:
 
     def map(self, buffer: Any) -> NDArray[Any]:
         """The dataset as a read-only array over the mapped file."""
-        count = int(np.prod(self.shape, dtype=np.int64))
-        return np.frombuffer(buffer, self.dtype, count, self.offset).reshape(self.shape)
+        return np.frombuffer(buffer, self.dtype, math.prod(self.shape), self.offset).reshape(self.shape)
 
     def read(self, buffer: Any, rows: slice = slice(None)) -> NDArray[Any]:
         """Some rows as an array of their own. OSError where the disk does not give them."""
@@ -109,15 +108,13 @@ class RowTable:
 
     @classmethod
     def from_records(cls, records: tuple[ImageRecord, ...], classes: tuple[str, ...]) -> RowTable:
-        index = {name: i for i, name in enumerate(classes)}
+        label_codes: dict[str | None, int] = {name: i for i, name in enumerate(classes)}
+        split_codes: dict[str | None, int] = {name: i for i, name in enumerate(SPLITS)}
+        label_codes[None], split_codes[None] = NO_LABEL, NO_SPLIT
         return cls(
             ids=tuple(record.path for record in records),
-            labels=np.array(
-                [NO_LABEL if r.label is None else index[r.label] for r in records], dtype=np.int64
-            ),
-            splits=np.array(
-                [NO_SPLIT if r.split is None else SPLITS.index(r.split) for r in records], dtype=np.uint8
-            ),
+            labels=np.array([label_codes[record.label] for record in records], dtype=np.int64),
+            splits=np.array([split_codes[record.split] for record in records], dtype=np.uint8),
             classes=classes,
         )
 
@@ -160,7 +157,7 @@ class StoreLayout:
     provenance: Mapping[str, Any]
     block_rows: int
     table: RowTable
-    features: Mapping[str, Region]  # node key -> region, in the order of spec.nodes
+    features: Mapping[str, Region]  # by name, in the order of spec.datasets()
     row_status: Region
     sources: Region
     blocks: Region
@@ -205,6 +202,13 @@ def create_store(
         create_whole(path, structure.size, structure.extents(), temporary=temporary)
 
 
+def store_size(*, spec: FeatureSpec, table: RowTable, provenance: Mapping[str, Any], block_rows: int) -> int:
+    """The bytes of the file that `create_store` would write."""
+    structure = SparseBytes()
+    _lay_out(structure, spec=spec, table=table, provenance=provenance, block_rows=block_rows)
+    return structure.size
+
+
 def _lay_out(
     target: SparseBytes,
     *,
@@ -222,7 +226,8 @@ def _lay_out(
     ) as file:
         features = file.create_group("features")
         rows = [
-            _allocate(features, node.key, (n, node.num_features), _feature_dtype(spec)) for node in spec.nodes
+            _allocate(features, name, (n, width), _feature_dtype(spec))
+            for name, width in spec.datasets().items()
         ]
         rows += [
             _allocate(file, "row_status", (n,), np.dtype("u1")),
@@ -374,8 +379,8 @@ def _check_structure(root: Group, path: Path, buffer: MappedFile, *, salvage: bo
     n = labels.shape[0]
     block_rows = _read_block_rows(root)
     features = {
-        node.key: regions.take(f"features/{node.key}", _feature_dtype(spec), (n, node.num_features))
-        for node in spec.nodes
+        name: regions.take(f"features/{name}", _feature_dtype(spec), (n, width))
+        for name, width in spec.datasets().items()
     }
     row_status = regions.take("row_status", np.dtype("u1"), (n,))
     sources = regions.take("sources", SOURCE_DTYPE, (n,))

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from featcache.errors import DamagedStore, IncompleteStore, StoreError
 from featcache.records import SPLITS, RowStatus
-from featcache.spec import FeatureNode, FeatureSpec
+from featcache.spec import FeatureNode, FeatureSpec, view_key
 from featcache.store.blocks import BlockCheck, BlockState
 from featcache.store.features import FeatureSet
 from featcache.store.layout import NO_SPLIT, RowTable, StoreLayout, read_layout
+from featcache.words import plural
 
 if TYPE_CHECKING:
     import torch.utils.data
@@ -160,13 +161,28 @@ class FeatureStore:
             raise StoreError(f"{self.path} has no node {key!r}; it holds {', '.join(nodes)}.")
         return nodes[key]
 
-    def map(self, key: str | None = None) -> NDArray[Any]:
-        """All rows of a node as they lie in the file: (n_rows, num_features), NaN where a row failed."""
-        return self.layout.map(self.layout.features[self.node(key).key])
+    def map(self, key: str | None = None, *, view: int = 0) -> NDArray[Any]:
+        """All rows of a node as they lie in the file: (n_rows, num_features), NaN where a row failed.
 
-    def features(self, node: str | None = None, *, partial: bool = False) -> FeatureSet:
+        view: 0 is of the plain images; StoreError where the store has no such view.
+        """
+        return self.dataset(view_key(self.node(key).key, self._checked_view(view)))
+
+    def dataset(self, name: str) -> NDArray[Any]:
+        """`map` by the name of a dataset, one of `spec.datasets()`."""
+        return self.layout.map(self.layout.features[name])
+
+    def _checked_view(self, view: int) -> int:
+        if not 0 <= view < self.spec.views:
+            raise StoreError(
+                f"{self.path} has no view {view}; it holds {plural(self.spec.views, 'view')}, counted from 0."
+            )
+        return view
+
+    def features(self, node: str | None = None, *, view: int = 0, partial: bool = False) -> FeatureSet:
         """The usable rows of a node, with labels, ids and splits joined to them.
 
+        view: 0 is of the plain images, and what is scored is scored on those; others are augmented.
         IncompleteStore when rows are still pending, unless `partial` asks for the complete blocks only.
         """
         chosen = self.node(node)
@@ -179,7 +195,7 @@ class FeatureStore:
             )
         usable = self.row_status == RowStatus.OK
         everything = bool(usable.all())
-        X = self.map(chosen.key)
+        X = self.map(chosen.key, view=view)
         keep = slice(None) if everything else np.flatnonzero(usable)
         ids = self.table.ids
         return FeatureSet(
