@@ -262,7 +262,12 @@ def _store_names(output: str, backbones: tuple[str, ...]) -> dict[str, Path]:
             "such as -o 'photos.{backbone}.h5'."
         )
     # A name may hold what a file name cannot.
-    return {name: Path(output.replace("{backbone}", re.sub(r"[/:\\]", ".", name))) for name in names}
+    stores = {name: Path(output.replace("{backbone}", re.sub(r"[/:\\]", ".", name))) for name in names}
+    if len({os.path.realpath(store) for store in stores.values()}) < len(stores):
+        raise click.UsageError(
+            "two of the backbones would have one store: " + ", ".join(map(str, stores.values()))
+        )
+    return stores
 
 
 @main.command(short_help="Compare a store with its checksums and images.")

@@ -21,15 +21,15 @@ from featcache import versions
 from featcache.disk import disk_errors
 from featcache.errors import StoreError, TooManyFailures
 from featcache.filling import StoreFilling
-from featcache.images.decode import Decoder, load_image
+from featcache.images.decode import Decoder
 from featcache.images.identity import ImageFailure
 from featcache.images.paths import resolve, show_path
-from featcache.pipeline import Stages
+from featcache.pipeline import Load, Stages, decoding, load_in_time
 from featcache.progress import Progress
 from featcache.records import RowStatus
 from featcache.request import Embedder, ReadyEngine, recorded_batch_size, recorded_decoder
 from featcache.reuse import ReusePlan
-from featcache.spec import FeatureSpec
+from featcache.spec import FeatureSpec, Picture
 from featcache.store.files import StoreFiles
 from featcache.store.layout import create_store
 from featcache.store.reader import FeatureStore
@@ -99,10 +99,12 @@ class Embedding:
     def carry_out(self, plan: ReusePlan, spec: FeatureSpec) -> CarryOut:
         """Bring the store to what `plan` says, within a file that has just its rows or in a new one.
 
-        To be driven by `featcache.together`: what is yielded is to be filled before the generator goes on.
-        TooManyFailures: more rows failed than `max_failures` allows; what was embedded is kept.
+        To be driven by `featcache.together`: yields None before anything is made, and then the store to be
+        filled before it goes on, where there is one. TooManyFailures: more rows failed than `max_failures`
+        allows; what was embedded is kept.
         """
         stores = [cache.store for cache in plan.caches]
+        yield None  # other stores of the run may not even be planned yet, and refuse
         index = self._to_continue(plan)
         if index is not None and stores[index].complete:
             self.files.take_name(stores[index].path, keep_growths=self.keep_growths)
@@ -143,7 +145,8 @@ class Embedding:
             return
 
         def samples(decoder: Decoder) -> NDArray[np.uint8]:
-            return _some_pictures(plan, spec, decoder)
+            with decoding(decoder, isolate=self.isolate) as load:
+                return _some_pictures(plan, spec, load)
 
         if stores:
             ready = self.embedder.engine_for(stores[-1], output=self.files.output, samples=samples)
@@ -233,8 +236,8 @@ class OpenedStore:
         return replace(found, images_per_second=speed, stages=self.stages.summary(self.seconds))
 
 
-# Yields once, where rows are to be written, and returns what came of it.
-CarryOut = Generator[OpenedStore, None, Embedded]
+# Returns what came of it.
+CarryOut = Generator[OpenedStore | None, None, Embedded]
 
 
 def failure_lines(failures: Sequence[tuple[str, str]], *, store: str) -> list[str]:
@@ -250,12 +253,13 @@ def _command() -> str:
     return shlex.join([Path(program).name, *arguments])[:2000]
 
 
-def _some_pictures(plan: ReusePlan, spec: FeatureSpec, decoder: Decoder) -> NDArray[np.uint8]:
+def _some_pictures(plan: ReusePlan, spec: FeatureSpec, load: Load) -> NDArray[np.uint8]:
     """(up to 4, S, S, 3) of those to embed, from all over the data set."""
     size, ids = spec.preprocessing.crop_size, plan.table.ids
     rows = plan.pending[:: max(1, len(plan.pending) // SAMPLES)][:SAMPLES].tolist()
-    images = [load_image(resolve(plan.root, ids[row]), spec.preprocessing, decoder=decoder) for row in rows]
-    pixels = [image.pixels for image in images if not isinstance(image, ImageFailure)]
+    plain = (Picture(preprocessing=spec.preprocessing),)
+    loaded = [load_in_time(load, resolve(plan.root, ids[row]), plain) for row in rows]
+    pixels = [image.pixels[0] for image in loaded if not isinstance(image, ImageFailure)]
     return np.stack([np.zeros((size, size, 3), dtype=np.uint8), *pixels])[1:]
 
 

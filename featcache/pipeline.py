@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from featcache.engines import Engine
 from featcache.images.decode import Decoder, LoadedPictures, load_pictures
 from featcache.images.identity import ImageFailure
+from featcache.images.isolated import IsolatedDecoder
 from featcache.records import NO_FILE, FileStat, RowStatus
 from featcache.spec import Picture, view_key
 
@@ -30,6 +31,8 @@ BATCHES_AHEAD = (
 )
 PICTURES_AHEAD = 16  # at least so many are in work for a lane, however small its batches are
 IMAGE_SECONDS = 60.0  # to read and decode one image; one that takes longer costs its row
+# In a process: less than its thread may take, so that the process is ended and not the thread left behind.
+_IN_PROCESS_SECONDS = IMAGE_SECONDS - 10
 _LOOK_SECONDS = 0.5  # between two looks at how long the images in work have taken
 
 Load = Callable[[Path, Sequence[Picture]], LoadedPictures | ImageFailure]
@@ -127,6 +130,25 @@ def loader(decoder: Decoder) -> Load:
         return load_pictures(file, pictures, decoder=decoder)
 
     return load
+
+
+@contextmanager
+def decoding(decoder: Decoder, *, isolate: bool) -> Iterator[Load]:
+    """What reads and decodes an image: in the thread that asks for it, or in processes."""
+    if not isolate:
+        yield loader(decoder)
+        return
+    with IsolatedDecoder(decoder=decoder, seconds=_IN_PROCESS_SECONDS) as processes:
+        yield processes.load
+
+
+def load_in_time(load: Load, file: Path, pictures: Sequence[Picture]) -> LoadedPictures | ImageFailure:
+    """What `load` says, unless it takes longer than an image may: then its thread is left behind."""
+    said: list[LoadedPictures | ImageFailure] = []
+    thread = threading.Thread(target=lambda: said.append(load(file, pictures)), name="decode", daemon=True)
+    thread.start()
+    thread.join(IMAGE_SECONDS)
+    return said[0] if said else _too_slow()
 
 
 def embed_lanes(
@@ -391,11 +413,10 @@ class _Pass:
     def _look_for_slow_images(self) -> None:
         """Give up images that have taken too long; their threads are left behind and replaced."""
         now = time.monotonic()
-        if (
-            now - self._looked > 2 * _LOOK_SECONDS
-        ):  # the process was stopped, or whoever takes batches was busy
+        since = now - self._looked
+        if since > 2 * _LOOK_SECONDS:  # the process was stopped, or whoever takes batches was busy
             for worker in self._workers:
-                worker.begun += now - self._looked
+                worker.begun += since
         self._looked = now
         for worker in list(self._workers):
             image = worker.image
@@ -405,12 +426,16 @@ class _Pass:
             replacement = _Worker(self)
             self._workers[self._workers.index(worker)] = replacement
             replacement.start()
-            reason = f"took more than {IMAGE_SECONDS:g} s to read and decode"
-            self._settle(image, ImageFailure(status=RowStatus.TOO_SLOW, reason=reason, stat=NO_FILE))
+            self._settle(image, _too_slow())
 
 
 class _Over(Exception):
     """The pass is over: a thread that waits for work has none."""
+
+
+def _too_slow() -> ImageFailure:
+    reason = f"took more than {IMAGE_SECONDS:g} s to read and decode"
+    return ImageFailure(status=RowStatus.TOO_SLOW, reason=reason, stat=NO_FILE)
 
 
 def _by_file(lanes: Sequence[Lane]) -> Iterator[tuple[int, list[int]]]:

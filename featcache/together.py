@@ -12,25 +12,25 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar, overload
 
 from featcache.embedding import OpenedStore
-from featcache.images.isolated import IsolatedDecoder
 from featcache.images.paths import resolve, show_path
 from featcache.interrupts import StopRequest, graceful_stop
-from featcache.pipeline import IMAGE_SECONDS, EmbeddedBatch, Lane, Stages, embed_lanes, loader
+from featcache.pipeline import EmbeddedBatch, Lane, Stages, decoding, embed_lanes
 from featcache.progress import Progress
+from featcache.reuse import ReusePlan
 from featcache.store.writer import StoreWriter
 
 R = TypeVar("R")
 
 
-def carry_out(run: Generator[OpenedStore, None, R]) -> R:
+def carry_out(run: Generator[OpenedStore | None, None, R]) -> R:
     """The result of a run over one store."""
     return carry_out_together([run])[0]
 
 
-def carry_out_together(runs: Sequence[Generator[OpenedStore, None, R]]) -> list[R]:
+def carry_out_together(runs: Sequence[Generator[OpenedStore | None, None, R]]) -> list[R]:
     """The results of runs over several stores, filled in one pass wherever they are to be filled.
 
     Whatever is raised, in a run or while filling, all of them are closed; every acknowledged block is kept.
@@ -40,14 +40,14 @@ def carry_out_together(runs: Sequence[Generator[OpenedStore, None, R]]) -> list[
         for run in runs:
             stack.enter_context(closing(run))
         while len(results) < len(runs):
-            opened = []
+            steps = []
             for index, run in enumerate(runs):
                 if index not in results:
                     try:
-                        opened.append(next(run))
+                        steps.append(next(run))
                     except StopIteration as finished:
                         results[index] = finished.value
-            _fill(opened)
+            _fill([step for step in steps if step is not None])
     return [results[index] for index in range(len(runs))]
 
 
@@ -103,6 +103,11 @@ class _Filled:
     writer: StoreWriter
     closed: bool = False
 
+    @property
+    def is_over(self) -> bool:
+        """Whether a pass that is to stop need not wait for this store."""
+        return self.closed or self.store.filling.finished or self.store.ready is None
+
 
 class _Pass:
     """One pass over the images that any of the stores lacks."""
@@ -117,7 +122,7 @@ class _Pass:
         with closing(self._batches()) as batches:
             for index, batch in batches:
                 self._take(self._filled[index], batch)
-                if all(filled.closed for filled in self._filled):
+                if self._stop.requested and all(filled.is_over for filled in self._filled):
                     break
             else:
                 for filled in self._filled:  # where every row is reused there was no batch
@@ -126,44 +131,24 @@ class _Pass:
             filled.store.seconds, filled.store.stages = time.perf_counter() - begun, self._stages
 
     def _batches(self) -> Generator[tuple[int, EmbeddedBatch]]:
-        ready = [(index, filled.store.ready) for index, filled in enumerate(self._filled)]
-        lanes, of_lane = [], []
-        paths = self._paths()
-        row_of = {path: row for row, path in enumerate(paths)}
-        for index, engine in ready:
-            if engine is None:
-                continue
-            plan = self._filled[index].store.filling.plan
-            of_lane.append(index)
-            lanes.append(
-                Lane(
-                    engine=engine.engine,
-                    pictures=engine.spec.pictures(),
-                    rows=[row_of[resolve(plan.root, plan.table.ids[row])] for row in plan.pending],
-                )
-            )
-        if not lanes:
+        """(index of the store, its next batch) of all stores that lack any row."""
+        engines = {i: filled.store.ready for i, filled in enumerate(self._filled) if filled.store.ready}
+        if not engines:
             return
-        decoder = next(engine.decoder for _, engine in ready if engine is not None)
-        workers = max(filled.store.embedding.workers for filled in self._filled)
+        files = _Files.lacked_by([self._filled[i].store.filling.plan for i in engines])
+        lanes = [
+            Lane(engine=ready.engine, pictures=ready.spec.pictures(), rows=rows)
+            for ready, rows in zip(engines.values(), files.rows, strict=True)
+        ]
+        embedding = self._filled[0].store.embedding
+        decoder = next(ready.decoder for ready in engines.values())
         with ExitStack() as stack:
-            load = loader(decoder)
-            if self._filled[0].store.embedding.isolate:
-                load = stack.enter_context(IsolatedDecoder(decoder=decoder, seconds=IMAGE_SECONDS)).load
-            passing = embed_lanes(paths, lanes, load=load, workers=workers, stages=self._stages)
+            load = stack.enter_context(decoding(decoder, isolate=embedding.isolate))
+            passing = embed_lanes(files, lanes, load=load, workers=embedding.workers, stages=self._stages)
             stack.enter_context(closing(passing))
+            of_lane = list(engines)
             for lane, batch in passing:
                 yield of_lane[lane], batch
-
-    def _paths(self) -> list[Path]:
-        """The images that any store lacks, in the order of their ids, in which every store lists them."""
-        wanted: dict[tuple[str, str], Path] = {}
-        for filled in self._filled:
-            plan = filled.store.filling.plan
-            for row in plan.pending.tolist():
-                image = plan.table.ids[row]
-                wanted[image, str(plan.root)] = resolve(plan.root, image)
-        return [wanted[key] for key in sorted(wanted)]
 
     def _take(self, filled: _Filled, batch: EmbeddedBatch) -> None:
         filling = filled.store.filling
@@ -199,3 +184,38 @@ class _Pass:
         if written:
             filled.store.embedding.stop_if_too_many(filled.store.so_far())
         return written
+
+
+class _Files(Sequence[Path]):
+    """The files of a pass in the order of their ids, in which every store lists them.
+
+    rows: for each store the indices of those it lacks. A path is made when it is asked for: there may be
+    millions of them.
+    """
+
+    def __init__(self, images: Sequence[tuple[str, Path]], rows: Sequence[Sequence[int]]) -> None:
+        self._images, self.rows = images, rows
+
+    @classmethod
+    def lacked_by(cls, plans: Sequence[ReusePlan]) -> Self:
+        lacked = [[(plan.table.ids[row], plan.root) for row in plan.pending.tolist()] for plan in plans]
+        if len(plans) == 1:
+            return cls(lacked[0], [range(len(lacked[0]))])
+        images = sorted({image for images in lacked for image in images})
+        place = {image: row for row, image in enumerate(images)}
+        return cls(images, [[place[image] for image in images] for images in lacked])
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    @overload
+    def __getitem__(self, index: int) -> Path: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Path]: ...
+
+    def __getitem__(self, index: int | slice) -> Path | Sequence[Path]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        image, root = self._images[index]
+        return resolve(root, image)

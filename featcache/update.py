@@ -104,8 +104,8 @@ class EmbedResults:
         return "\n".join(result.describe() for result in self.of_stores)
 
 
-# Yields where rows are to be written, and returns what was done.
-Update = Generator[OpenedStore, None, EmbedResult]
+# Yields as `Embedding.carry_out` does, and returns what was done.
+Update = Generator[OpenedStore | None, None, EmbedResult]
 
 
 def update_store(run: Embedding, scan: ListImages) -> Update:

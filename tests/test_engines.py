@@ -311,6 +311,19 @@ class TestOnnxRuntime:
             make_engine(backbone, batch_size=2, engine="onnx")
         assert len(str(raised.value).splitlines()) == 1
 
+    def test_a_network_whose_way_depends_on_the_images_is_not_exported(self) -> None:
+        class Branching(nn.Module):
+            def forward(self, images: Tensor) -> Tensor:
+                return images.mean((2, 3)) * (2 if images.mean() > 0 else 1)
+
+        backbone = make_backbone(
+            Branching(), preprocessing=Preprocessing(resize_size=8, crop_size=8), name="odd"
+        )
+        with pytest.raises(
+            DeviceError, match="cannot run odd .its Python may decide by what is in the images"
+        ):
+            make_engine(backbone, batch_size=2, engine="onnx")
+
     def test_a_network_larger_than_a_protobuf_is_not_even_exported(self) -> None:
         with torch.device("meta"):
             layer = nn.Linear(40_000, 20_000)

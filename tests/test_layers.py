@@ -42,7 +42,7 @@ LAYERS = (
 WITHIN_A_LAYER = {
     "cli": {"demo"}, "__main__": {"cli"}, "pipeline": {"engines"}, "filling": {"pipeline", "reuse"},
     "request": {"engines"}, "explanation": {"reuse"}, "sharding": {"reuse"},
-    "embedding": {"filling", "pipeline", "request", "reuse"}, "together": {"embedding", "pipeline"},
+    "embedding": {"filling", "pipeline", "request", "reuse"}, "together": {"embedding", "pipeline", "reuse"},
     "update": {"embedding", "forecast", "reuse", "sharding"},
     "forecast": {"embedding", "pipeline", "request", "reuse"},
 }  # fmt: skip

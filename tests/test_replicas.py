@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from featcache.backbones import load_backbone, make_backbone
 from featcache.engines import make_engine
-from featcache.engines.replicas import Replicas, one_thread_of_torch, replica, threads_of_torch_kept
+from featcache.engines.replicas import (
+    Replicas,
+    is_known,
+    one_thread_of_torch,
+    replica,
+    threads_of_torch_kept,
+)
 from featcache.spec import Preprocessing
 
 SIZE = 8
@@ -103,7 +109,7 @@ def test_a_copy_has_the_same_tensors_and_python_state_of_its_own() -> None:
 
 def test_each_thread_has_a_copy_and_the_one_that_made_it_the_network() -> None:
     network = Keeping()
-    replicas = Replicas(network, probe=PROBE)
+    replicas = Replicas(network, probe=PROBE, copies=True)
     assert len({id(own) for own in networks(replicas)} - {id(network)}) == 4
     with replicas.own() as own:
         assert own is network
@@ -111,7 +117,7 @@ def test_each_thread_has_a_copy_and_the_one_that_made_it_the_network() -> None:
 
 def test_training_mode_is_left_before_a_pass() -> None:
     network = Keeping()
-    replicas = Replicas(network, probe=PROBE)
+    replicas = Replicas(network, probe=PROBE, copies=True)
     network.train()
     assert not any(own.training for own in networks(replicas))
     network.train()
@@ -122,7 +128,7 @@ def test_training_mode_is_left_before_a_pass() -> None:
 @pytest.mark.parametrize("make", [Uncopiable, WrongCopy, BrokenCopy, with_hook])
 def test_what_cannot_be_copied_is_used_in_turns(make: Callable[[], Keeping]) -> None:
     network = make()
-    replicas = Replicas(network, probe=PROBE)
+    replicas = Replicas(network, probe=PROBE, copies=True)
     assert {id(own) for own in networks(replicas)} == {id(network)}
     inside, most = [], []
 
@@ -149,23 +155,53 @@ def switches_often() -> Iterator[None]:
     sys.setswitchinterval(before)
 
 
+_kept_by_all: dict[str, Tensor] = {}
+
+
+class KeepingElsewhere(Keeping):
+    """Leaves the images where all copies would."""
+
+    def forward(self, images: Tensor) -> Any:
+        _kept_by_all["images"] = images
+        time.sleep(0.002)
+        return {"mean": _kept_by_all["images"].mean((2, 3)) * self.weight}
+
+
+class KeepingInBuffer(Keeping):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("means", torch.zeros(2, 3))
+
+    def forward(self, images: Tensor) -> Any:
+        means: Any = self.means
+        means.resize_(len(images), 3).copy_(images.mean((2, 3)))
+        time.sleep(0.002)
+        return {"mean": means * self.weight}
+
+
+def with_closure() -> Keeping:
+    network, other = Keeping(), Keeping()
+    network.forward = other.forward  # type: ignore[method-assign]
+    return network
+
+
 class Kept(nn.Module):
     """As `Keeping`, as a backbone."""
 
-    def __init__(self, *, copiable: bool) -> None:
+    def __init__(self, make: Callable[[], Keeping]) -> None:
         super().__init__()
-        self.keeping = Keeping() if copiable else Uncopiable()
+        self.keeping = make()
 
     def forward(self, images: Tensor) -> Tensor:
         return self.keeping(images)["mean"]  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("copiable", [True, False])
+@pytest.mark.parametrize("make", [Keeping, Uncopiable, KeepingElsewhere, KeepingInBuffer, with_closure])
 def test_features_are_right_in_many_threads_for_a_network_that_keeps_state(
-    switches_often: None, copiable: bool
+    switches_often: None, make: Callable[[], Keeping]
 ) -> None:
     preprocessing = Preprocessing(resize_size=SIZE, crop_size=SIZE, mean=(0.5,) * 3, std=(0.5,) * 3)
-    backbone = make_backbone(Kept(copiable=copiable), preprocessing=preprocessing)
+    backbone = make_backbone(Kept(make), preprocessing=preprocessing)
     engine = make_engine(backbone, device="cpu", batch_size=2)
 
     def work(number: int) -> list[float]:
@@ -205,3 +241,25 @@ def test_the_number_of_torchs_threads_is_put_back_whatever_happens() -> None:
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_networks_of_well_known_libraries_are_known_unless_they_were_changed() -> None:
+    network = load_backbone("resnet18", weights="random").module
+    assert is_known(network)
+    network.layer1[0].forward = lambda images: images  # type: ignore[index,union-attr]
+    assert not is_known(network)
+    assert not is_known(nn.Sequential(nn.ReLU(), Keeping()))
+    assert is_known(nn.Sequential(nn.ReLU()))
+
+
+def test_a_turn_has_all_threads_of_torch() -> None:
+    def threads(_: int) -> tuple[int, int]:
+        one_thread_of_torch()
+        with replicas.own():
+            inside = torch.get_num_threads()
+        return inside, torch.get_num_threads()
+
+    with threads_of_torch_kept():
+        torch.set_num_threads(3)
+        replicas = Replicas(Keeping(), probe=PROBE, copies=False)
+        assert in_threads(threads) == [(3, 1)] * 4

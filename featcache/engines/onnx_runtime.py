@@ -25,6 +25,7 @@ from featcache.backbones.nodes import Extractor, make_extractor
 from featcache.engines.batch import checked_count, filled
 from featcache.engines.devices import device_words, find_device
 from featcache.engines.pixels import CAPTURE_ERRORS, PixelsToVectors, reason
+from featcache.engines.replicas import is_known
 from featcache.errors import DeviceError
 from featcache.spec import FeatureNode, Precision
 
@@ -129,7 +130,7 @@ def _export(extractor: Extractor, backbone: Backbone, *, batch_size: int) -> byt
     pixels = torch.zeros(batch_size, size, size, 3, dtype=torch.uint8, device=device)
     model = io.BytesIO()
     try:
-        with _exporting():
+        with _exporting() as advice:
             # The exporter that traces: of the two the one that needs no package but onnx, from torch 2.6 on.
             torch.onnx.export(
                 PixelsToVectors(extractor, backbone.preprocessing, device).eval(),
@@ -140,20 +141,29 @@ def _export(extractor: Extractor, backbone: Backbone, *, batch_size: int) -> byt
                 opset_version=_OPSET,
                 dynamo=False,
             )
+        if not is_known(backbone.module):
+            _require_one_way(advice)
     except CAPTURE_ERRORS as error:
         raise _cannot_run(backbone, error) from error
     return model.getvalue()
 
 
+def _require_one_way(advice: Sequence[warnings.WarningMessage]) -> None:
+    """ValueError where the trace may follow what the images happened to be, and not their shapes alone."""
+    for given in advice:
+        if str(given.message).startswith("Converting a tensor to a Python"):
+            raise ValueError("its Python may decide by what is in the images, which a graph cannot")
+
+
 @contextmanager
-def _exporting() -> Iterator[None]:
-    """Attention in single steps, for its fused form has no name in ONNX; none of the exporter's advice."""
+def _exporting() -> Iterator[Sequence[warnings.WarningMessage]]:
+    """Attention in single steps, for its fused form has no name in ONNX; the advice is kept back."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            yield
+        with warnings.catch_warnings(record=True) as advice, torch.no_grad():
+            warnings.simplefilter("always")
+            yield advice
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
 

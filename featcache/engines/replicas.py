@@ -1,7 +1,8 @@
 """One network for several threads at once: each has its own Python state, and all share the weights.
 
 A forward pass may leave something in the modules it runs through, and then two threads in the same modules
-would compute from each other's images.
+would compute from each other's images. What code of the user's own leaves elsewhere, a copy would share: such
+a network is run by one thread at a time.
 """
 
 from __future__ import annotations
@@ -22,18 +23,24 @@ N = TypeVar("N", bound=nn.Module)
 _COPY_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, copy.Error)
 
 
-class Replicas(Generic[N]):
-    """The copies of a network, one for each thread that asks; where it cannot be copied, turns of the one.
+# Whose modules keep what they know in themselves.
+_KNOWN = ("torch.nn", "torchvision", "timm", "featcache")
 
-    probe: images (n, 3, S, S), on which a copy must compute what the network does.
+
+class Replicas(Generic[N]):
+    """The copies of a network, one for each thread that asks; where there can be none, turns of the one.
+
+    probe: images (n, 3, S, S), on which a copy must compute what the network does. copies: whether there may
+    be some, see `is_known`. A turn has as many of torch's threads as there are where this is made.
     """
 
-    def __init__(self, network: N, *, probe: Tensor) -> None:
+    def __init__(self, network: N, *, probe: Tensor, copies: bool) -> None:
         self._network = network
         self._probe = probe
         self._local = threading.local()
         self._lock = threading.Lock()
-        self._can_copy, self._proven = not _has_hooks(network), False
+        self._threads = torch.get_num_threads()
+        self._can_copy, self._proven = copies and not _has_hooks(network), False
         self._local.own = network  # the thread that made it goes on with it
 
     @contextmanager
@@ -46,7 +53,8 @@ class Replicas(Generic[N]):
         if network is not None:
             yield network.eval()
             return
-        with self._lock:
+        with self._lock, threads_of_torch_kept():
+            torch.set_num_threads(self._threads)
             yield self._network.eval()
 
     def _of_thread(self) -> N | None:
@@ -80,6 +88,14 @@ def replica(network: N) -> N:
     # What is in the table counts as copied. A copied graph of torch.fx is in training mode whatever it was
     # before.
     return copy.deepcopy(network, tensors).eval()
+
+
+def is_known(network: nn.Module) -> bool:
+    """Whether a network consists of modules of well-known libraries, as they are."""
+    return all(
+        type(module).__module__.startswith(_KNOWN) and "forward" not in vars(module)
+        for module in network.modules()
+    )
 
 
 def _has_hooks(network: nn.Module) -> bool:

@@ -75,6 +75,7 @@ class TorchCompiled(TorchEager):
             device=device,
             precision=precision,
             batch_size=batch_size,
+            copies=False,  # it is the compiled graph that runs
         )
         module = PixelsToVectors(extractor, backbone.preprocessing, device).eval()
         pixels = torch.from_numpy(self.allocate()).to(device)

@@ -22,7 +22,7 @@ from featcache.backbones.backbone import Backbone, freeze
 from featcache.backbones.nodes import Extractor, make_extractor
 from featcache.engines.batch import checked_count, filled
 from featcache.engines.devices import device_words, find_device
-from featcache.engines.replicas import Replicas
+from featcache.engines.replicas import Replicas, is_known
 from featcache.errors import DeviceError
 from featcache.spec import FeatureNode, Precision, Preprocessing
 
@@ -49,6 +49,7 @@ class TorchEager:
         device: torch.device,
         precision: Precision,
         batch_size: int,
+        copies: bool,
     ) -> None:
         freeze(extractor)
         self.nodes: tuple[FeatureNode, ...] = extractor.nodes
@@ -62,7 +63,7 @@ class TorchEager:
         self._std = torch.tensor(preprocessing.std, device=device).view(1, 3, 1, 1)
         on_device = extractor.to(device).to(memory_format=torch.channels_last)
         probe = torch.linspace(-1, 1, 3 * self._size**2, device=device).view(1, 3, self._size, self._size)
-        self._replicas = Replicas(on_device, probe=probe)
+        self._replicas = Replicas(on_device, probe=probe, copies=copies)
 
     def allocate(self) -> NDArray[np.uint8]:
         """Zeros (batch_size, S, S, 3) where the device copies from fastest."""
@@ -203,6 +204,7 @@ def make(
         device=found,
         precision=precision,
         batch_size=batch_size or BATCH_SIZES[found.type][0],
+        copies=is_known(backbone.module),
     )
 
 
