@@ -96,7 +96,7 @@ seed_option = click.option(
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Of everything that is drawn at random.",
+    help="Of all that is drawn at random: random weights, augmented views, splits.",
 )
 root_option = click.option(
     "--root", type=click.Path(path_type=Path, file_okay=False), help="What a CSV's paths are relative to."
@@ -256,6 +256,8 @@ def embed(
 def _store_names(output: str, backbones: tuple[str, ...]) -> dict[str, Path]:
     """{backbone: its store}; usage errors where two of them would have one."""
     names = dict.fromkeys(backbones)
+    for other in set(re.findall(r"\{\w*\}", output)) - {"{backbone}"}:
+        raise click.UsageError(f"{other} in --output is not known; {{backbone}} is where the name goes.")
     if len(names) > 1 and "{backbone}" not in output:
         raise click.UsageError(
             f"{len(names)} backbones need a store each: write {{backbone}} where their names go, "
@@ -367,11 +369,22 @@ def merge(ctx: click.Context, /, stores: tuple[Path, ...], *, output: Path, as_j
     "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), metavar="STORE.h5",
     help="A store, there or not: what it has is not embedded again.",
 )  # fmt: skip
-@click.option("--backbone", default="resnet18", show_default=True, metavar="NAME", help="As for embed.")
+@click.option(
+    "--backbone", "backbones", multiple=True, default=("resnet18",), show_default=True, metavar="NAME",
+    help="As for embed, but one of them.",
+)  # fmt: skip
 @embed_options
 @json_option
 @quiet_option
-def plan(data: Path, *, as_json: bool, quiet: bool, **options: Any) -> None:
+def plan(
+    data: Path,
+    *,
+    output: Path | None,
+    backbones: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
     """Say what `embed` with the same options will take: time, disk, memory, and the stage that is the wall.
 
     Does what embed does, but embeds images from all over DATA for about two seconds only, and writes nothing.
@@ -383,6 +396,14 @@ def plan(data: Path, *, as_json: bool, quiet: bool, **options: Any) -> None:
 
     silence_pillow_warnings()
     options["nodes"] = options["nodes"] or (PENULTIMATE,)
+    if len(backbones) > 1:
+        raise click.UsageError(
+            "plan takes one --backbone: plan each by itself. In one pass together they take less than the "
+            "sum, by what decoding takes."
+        )
+    options["backbone"] = backbones[0]
+    if output is not None:
+        options["output"] = _store_names(str(output), backbones)[backbones[0]]
     _emit(run(data, progress=make_progress(quiet=quiet), **options), as_json=as_json)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +35,6 @@ from featcache.store.layout import create_store
 from featcache.store.reader import FeatureStore
 
 _SHOWN = 10  # failures named in a summary
-UNRECORDED = "an unrecorded engine"
 SAMPLES = 4  # pictures of a run on which an engine proves itself
 # About; a multiple of the batch size, so that a resumed run forms the same batches. So many a kill costs, and
 # Ctrl-C waits for: some seconds on a slow processor. On disk a block costs 64 bytes.
@@ -164,14 +163,16 @@ class Embedding:
         ready = self.embedder.ready if len(plan.pending) or "engine" not in old else None
         batch_size = ready.engine.batch_size if ready else recorded_batch_size(old) or BLOCK_ROWS
         engine = ready.engine.name if ready else old["engine"]
+        decoder = ready.decoder if ready else recorded_decoder(old)
         provenance = {
             "request": self.embedder.request.as_json(),
             "weights": ready.weights if ready else old["weights"],
             "versions": versions.installed(),
             "engine": engine,
-            "decoder": ready.decoder if ready else recorded_decoder(old),
+            "decoder": decoder,
             "engine_choice": dict(ready.why) if ready else old.get("engine_choice", {}),
-            "earlier_engines": earlier_engines(plan, engine),
+            "earlier_engines": earlier(plan, "engine", engine),
+            "earlier_decoders": earlier(plan, "decoder", decoder),
             "device": ready.engine.device if ready else old["device"],
             "batch_size": batch_size,
             "data": dict(self.data),
@@ -263,12 +264,12 @@ def _some_pictures(plan: ReusePlan, spec: FeatureSpec, load: Load) -> NDArray[np
     return np.stack([np.zeros((size, size, 3), dtype=np.uint8), *pixels])[1:]
 
 
-def earlier_engines(plan: ReusePlan, engine: str) -> list[str]:
-    """The engines besides `engine` that made rows the plan reuses, as far as their stores say."""
+def earlier(plan: ReusePlan, what: Literal["engine", "decoder"], now: str) -> list[str]:
+    """The engines or decoders besides `now` that made rows the plan reuses, as far as their stores say."""
     names: list[Any] = []
     for index in np.unique(plan.origin_store[plan.origin_store >= 0]).tolist():
         store = plan.caches[index].store
-        recorded = store.provenance if store.sealed else {"engine": UNRECORDED}
-        earlier = recorded.get("earlier_engines")
-        names += [recorded.get("engine"), *(earlier if isinstance(earlier, list) else ())]
-    return sorted({name for name in names if isinstance(name, str) and name != engine})
+        recorded = store.provenance if store.sealed else {what: f"an unrecorded {what}"}
+        before = recorded.get(f"earlier_{what}s")
+        names += [recorded.get(what), *(before if isinstance(before, list) else ())]
+    return sorted({name for name in names if isinstance(name, str) and name != now})

@@ -193,7 +193,7 @@ def peak_memory(rows: int) -> int:
 def describe_stages(stages: Mapping[str, float]) -> str:
     """Which stage is the wall, in words, of the share of the time that the threads of each were busy."""
     first, *others = sorted(stages.items(), key=lambda stage: -stage[1])
-    said = "; ".join(f"{STAGE_WORDS[name]} {share:.0%}" for name, share in others)
+    said = "; ".join(f"{STAGE_WORDS[name]} {share:.0%}" for name, share in others if share >= 0.005)
     wall = f"{STAGE_WORDS[first[0]]} is the wall: {first[1]:.0%} of its threads' time"
     return f"{wall}; {said}" if said else wall
 

@@ -33,6 +33,7 @@ PICTURES_AHEAD = 16  # at least so many are in work for a lane, however small it
 IMAGE_SECONDS = 60.0  # to read and decode one image; one that takes longer costs its row
 # In a process: less than its thread may take, so that the process is ended and not the thread left behind.
 _IN_PROCESS_SECONDS = IMAGE_SECONDS - 10
+_CLOSING_SECONDS = 5.0  # that a pass which ends early waits for what is in work
 _LOOK_SECONDS = 0.5  # between two looks at how long the images in work have taken
 
 Load = Callable[[Path, Sequence[Picture]], LoadedPictures | ImageFailure]
@@ -261,7 +262,7 @@ class _Pass:
             self._closing = True
             self._todo.clear()
             self._changed.notify_all()
-        until = time.monotonic() + IMAGE_SECONDS
+        until = time.monotonic() + min(IMAGE_SECONDS, _CLOSING_SECONDS)
         for thread in (*self._workers, *self._callers):
             thread.join(max(0.0, until - time.monotonic()))
 

@@ -256,11 +256,21 @@ def plan_reuse(
         listing.root, RowTable.from_records(listing.records, listing.classes), caches
     )
     _take_by_stat(plan, listing.records)
-    unknown = np.flatnonzero(~plan.by_stat).tolist()
+    unknown = np.flatnonzero(~plan.by_stat & ~_were_too_slow(plan)).tolist()
     # Where there is nothing to find the run itself will read and hash every file.
     if unknown and any(cache.by_path or cache.by_sha256 for cache in caches):
         _take_by_content(plan, listing.records, unknown, workers=workers, on_read=on_read)
     return _compare_with_last(plan)
+
+
+def _were_too_slow(plan: ReusePlan) -> NDArray[np.bool_]:
+    """(n_rows,): the images that took too long to read the last time, which may hang for ever."""
+    slow = np.zeros(len(plan.table.ids), dtype=bool)
+    for cache in plan.caches:
+        if (cache.status == RowStatus.TOO_SLOW).any():
+            rows = cache.rows_of(plan.table.ids)
+            slow |= (rows >= 0) & (cache.status[rows] == RowStatus.TOO_SLOW)
+    return slow
 
 
 def holds_just(store: FeatureStore, listing: Listing) -> bool:

@@ -224,4 +224,4 @@ def show_value(value: object) -> str:
     """The value of a field for a message: of a digest, what tells it from others."""
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     is_digest = len(text) == 64 and all(c in "0123456789abcdef" for c in text)
-    return f"{text[:12]}…" if is_digest else text
+    return f"{text[:12]}…" if is_digest else text or "none"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache.disk import disk_errors
-from featcache.embedding import Embedded, Embedding, OpenedStore, earlier_engines, failure_lines
+from featcache.embedding import Embedded, Embedding, OpenedStore, earlier, failure_lines
 from featcache.errors import DataError
 from featcache.forecast import describe_stages
 from featcache.images.paths import show_path
@@ -55,6 +55,9 @@ class EmbedResult:
     store_bytes: int = 0
     stages: Mapping[str, float] = field(default_factory=dict)  # the share of time that each was busy
     dry_run: bool = False
+    ways: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # engine, device, batch size and decoder of this run
 
     def to_json(self) -> dict[str, Any]:
         """The documented keys, in order."""
@@ -64,9 +67,9 @@ class EmbedResult:
                 "rows", "embedded", "reused", "relabelled", "failed", "removed",
                 "seconds", "images_per_second", "fingerprint", "store", "dry_run",
             )
-        }  # fmt: skip
+        } | {name: self.ways.get(name) for name in ("engine", "device", "batch_size", "decoder")}  # fmt: skip
 
-    def describe(self) -> str:
+    def describe(self, *, with_stages: bool = True) -> str:
         """The summary for a terminal."""
         counts = f"{self.embedded:,} embedded, {self.reused:,} reused, {self.failed:,} failed"
         if self.dry_run:
@@ -81,12 +84,18 @@ class EmbedResult:
         if self.dry_run:
             lines.append("nothing was written (--dry-run)")
         else:
-            speed = f", {self.images_per_second:,.1f} images/s"
+            if self.embedded and self.ways:
+                lines.append(
+                    "  engine {engine} on {device} in batches of {batch_size}, decoder {decoder}".format(
+                        **self.ways
+                    )
+                )
+            speed = f", embedding at {self.images_per_second:,.1f} images/s"
             lines.append(
-                f"{self.store}: {self.store_bytes / 1e6:,.1f} MB in {self.seconds:.1f} s"
+                f"{self.store}: {self.store_bytes / 1e6:,.1f} MB in {self.seconds:.1f} s in all"
                 f"{speed if self.embedded else ''}; fingerprint {self.fingerprint[:12]}"
             )
-            if self.embedded and self.stages:
+            if with_stages and self.embedded and self.stages:
                 lines.append(describe_stages(self.stages))
         return "\n".join(lines)
 
@@ -101,7 +110,9 @@ class EmbedResults:
         return {"stores": [result.to_json() for result in self.of_stores]}
 
     def describe(self) -> str:
-        return "\n".join(result.describe() for result in self.of_stores)
+        lines = [result.describe(with_stages=False) for result in self.of_stores]
+        stages = next((result.stages for result in self.of_stores if result.embedded and result.stages), None)
+        return "\n".join([*lines, *([describe_stages(stages)] if stages else [])])
 
 
 # Yields as `Embedding.carry_out` does, and returns what was done.
@@ -171,7 +182,7 @@ def _run_part(
         return replace(result, embedded=len(plan.pending), dry_run=True)
     part = replace(part, also_recorded=shard.record(elsewhere=elsewhere))
     embedded = yield from part.carry_out(plan, spec)
-    notes = [*listing.notes, *embedded.notes, *_engine_note(plan, part)]
+    notes = [*listing.notes, *embedded.notes, *_other_ways(plan, part)]
     if elsewhere:
         notes.append(f"{plural(elsewhere, 'image')} of the shard known in other files beside it")
     return _result(part, embedded, spec=spec, notes=notes)
@@ -198,6 +209,7 @@ def _join(run: Embedding, shard: Shard, listing: Listing, scan: ListImages, resu
         reused=whole.rows - whole.failed - embedded,
         images_per_second=result.images_per_second or whole.images_per_second,
         stages=result.stages or whole.stages,
+        ways=result.ways or whole.ways,
         notes=(*notes, f"{plural(shard.count, 'shard')} joined into {show_path(whole.store)}"),
     )
 
@@ -207,7 +219,7 @@ def _run(run: Embedding, listing: Listing) -> Update:
     plan, spec, weights_proof = _plan(run, listing, stores)
     embedded = yield from run.carry_out(plan, spec)
     remove_shards(run.files, stores)
-    notes = [*listing.notes, *plan.notes(), *embedded.notes, *_engine_note(plan, run)]
+    notes = [*listing.notes, *plan.notes(), *embedded.notes, *_other_ways(plan, run)]
     if not len(plan.pending):
         notes.append(_how(plan, weights_proof))
     return _result(run, embedded, spec=spec, notes=notes)
@@ -262,17 +274,35 @@ def _require_listed(listing: Listing, plan: ReusePlan, files: StoreFiles) -> Non
             )
 
 
-def _engine_note(plan: ReusePlan, run: Embedding) -> list[str]:
+def _other_ways(plan: ReusePlan, run: Embedding) -> list[str]:
     ready = run.embedder.ready
     if ready is None or not len(plan.pending):
         return []
-    others = earlier_engines(plan, ready.engine.name)
-    if not others:
-        return []
-    return [
-        f"rows embedded before are by {' and '.join(others)}, those of now by {ready.engine.name}: "
-        "the last digits of their features may differ"
-    ]
+    notes = []
+    if engines := earlier(plan, "engine", ready.engine.name):
+        notes.append(
+            f"rows embedded before are by {' and '.join(engines)}, those of now by {ready.engine.name}: "
+            "the last digits of their features may differ"
+        )
+    if decoders := earlier(plan, "decoder", ready.decoder):
+        notes.append(
+            f"rows embedded before are by the decoder {' and '.join(decoders)}, those of now by "
+            f"{ready.decoder}: their features differ a little"
+        )
+    return notes
+
+
+def _ways(run: Embedding) -> dict[str, Any]:
+    ready = run.embedder.ready
+    if ready is None:
+        return {}
+    engine = ready.engine
+    return {
+        "engine": engine.name,
+        "device": engine.device,
+        "batch_size": engine.batch_size,
+        "decoder": ready.decoder,
+    }
 
 
 def _how(plan: ReusePlan, weights_proof: str) -> str:
@@ -303,4 +333,5 @@ def _result(
         notes=tuple(notes),
         store_bytes=store_bytes,
         stages=embedded.stages,
+        ways=_ways(run) if embedded.computed else {},
     )

@@ -312,7 +312,9 @@ def test_json_has_just_the_documented_keys(embedded: EmbedResult) -> None:
     assert list(embedded.to_json()) == [
         "rows", "embedded", "reused", "relabelled", "failed", "removed",
         "seconds", "images_per_second", "fingerprint", "store", "dry_run",
+        "engine", "device", "batch_size", "decoder",
     ]  # fmt: skip
+    assert embedded.to_json()["engine"] == "torch-eager"
 
 
 def test_bad_images_cost_their_own_row_and_are_named(
@@ -712,5 +714,5 @@ def test_the_summary_tells_speed_and_size(embedded: EmbedResult) -> None:
     stages = {"decoding": 0.2, "forward": 0.7}
     said = replace(embedded, seconds=2.0, images_per_second=3.0, stages=stages).describe()
     assert "6 rows: 6 embedded, 0 reused, 0 failed" in said
-    assert "in 2.0 s, 3.0 images/s; fingerprint" in said
+    assert "in 2.0 s in all, embedding at 3.0 images/s; fingerprint" in said
     assert "the network is the wall: 70% of its threads' time; decoding 20%" in said

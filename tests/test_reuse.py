@@ -10,6 +10,7 @@ import pytest
 from conftest import toy_block, toy_spec
 from gaussians import PROVENANCE
 
+from featcache.images.identity import ImageFailure
 from featcache.images.paths import escape_path, unescape_path
 from featcache.records import FileStat, ImageRecord, Listing, RowStatus
 from featcache.reuse import CachedRows, ReusePlan, plan_reuse
@@ -135,3 +136,19 @@ def test_a_path_is_escaped_byte_by_byte(raw: bytes) -> None:
     path = raw.decode("utf-8", errors="surrogateescape")
     assert escape_path(path) == by_hand
     assert unescape_path(by_hand) == path
+
+
+def test_an_image_that_took_too_long_is_not_even_hashed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def hash_image(path: Path) -> ImageFailure:
+        read.append(path.name)
+        return ImageFailure(status=RowStatus.MISSING, reason="", stat=stat_of(0))
+
+    monkeypatch.setattr("featcache.reuse.hash_image", hash_image)
+    slow = make_store(tmp_path / "s.h5", [record_of(i) for i in range(3)], status=RowStatus.TOO_SLOW)
+    plan = plan_for([record_of(i) for i in range(4)], slow)
+    assert read == ["03.png"]
+    assert plan.pending.tolist() == [0, 1, 2, 3]

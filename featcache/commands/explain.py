@@ -42,7 +42,7 @@ from featcache.store.files import StoreFiles
 from featcache.store.layout import NO_SPLIT, STAT_COLUMNS
 from featcache.store.reader import FeatureStore
 
-_RECORDED = ("engine", "device", "batch_size", "versions", "data", "created", "command")
+_RECORDED = ("engine", "decoder", "device", "batch_size", "versions", "data", "created", "command")
 
 
 def explain(

@@ -75,7 +75,7 @@ def _store_facts(store: FeatureStore) -> dict[str, Any]:
         "weights": _weights_words(provenance.get("weights")),
         "provenance": {
             key: provenance.get(key)
-            for key in ("created", "command", "engine", "device", "batch_size", "versions")
+            for key in ("created", "command", "engine", "decoder", "device", "batch_size", "versions")
         },
         "bytes": len(store.layout.buffer),
     }
