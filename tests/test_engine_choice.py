@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from fake_engine import SIZE, FakeEngine
 
 from featcache import request
@@ -21,6 +22,7 @@ from featcache.commands.verify import verify
 from featcache.engines import DEFAULT_ENGINE, ENGINES, Engine, choice, other_engines
 from featcache.engines.agreement import LARGEST_DIFFERENCE, compare_engines
 from featcache.engines.choice import Candidate, choose_engine, measure_speeds, worth_looking_at
+from featcache.engines.replicas import threads_of_torch_kept
 from featcache.errors import DeviceError
 from featcache.progress import SilentProgress
 from featcache.store.layout import read_layout
@@ -193,6 +195,23 @@ def test_as_many_are_looked_at_as_pay_together(
     others = [Candidate("b", 2, 2.0), Candidate("eager", 1), Candidate("c", 2, 12.0)]
     found = worth_looking_at(others, FakeEngine("eager"), images=images, size=SIZE, threads=1)
     assert found == others[:looked_at]
+
+
+def test_the_reference_is_timed_on_one_thread_as_a_run_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def seconds(*_: object) -> float:
+        seen.append(torch.get_num_threads())
+        return 0.1
+
+    monkeypatch.setattr(choice, "_seconds", seconds)
+    with threads_of_torch_kept():
+        torch.set_num_threads(3)
+        for callers in (0, 2):
+            reference = FakeEngine("eager", callers=callers)
+            worth_looking_at([Candidate("b", 2, 2.0)], reference, images=1000, size=SIZE, threads=2)
+        assert torch.get_num_threads() == 3
+    assert seen == [1, 1, 3, 3]
 
 
 def test_few_images_are_not_even_worth_a_measurement() -> None:

@@ -178,10 +178,15 @@ def _looking_seconds(candidate: Candidate, an_image: float) -> float:
 
 
 def _batch_seconds(engine: Engine, *, size: int) -> float:
-    """Of the second batch, or of the first where that one is slow enough to tell."""
+    """Of the second batch, or of the first where that one is slow enough to tell, on one thread of it."""
+    from featcache.engines.replicas import one_thread_of_torch, threads_of_torch_kept
+
     pixels = noise(engine.batch_size, size)
-    seconds = _seconds(engine, pixels)
-    return seconds if seconds > 1 else _seconds(engine, pixels)
+    with threads_of_torch_kept():
+        if not engine.callers:
+            one_thread_of_torch()
+        seconds = _seconds(engine, pixels)
+        return seconds if seconds > 1 else _seconds(engine, pixels)
 
 
 def measure_speeds(engines: Mapping[Candidate, Engine], *, size: int, threads: int) -> dict[Candidate, float]:
