@@ -90,18 +90,33 @@ def test_tiny_long_and_padded_pictures_differ_by_one_at_most(
     assert np.abs(exact - fast).max() <= 1
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "I;16"])
-@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM"])
+# The modes that Pillow does not write in a format.
+NOT_WRITTEN = {
+    "JPEG": ("P", "RGBA", "LA", "I;16"),
+    "PNG": ("CMYK",),
+    "GIF": ("CMYK",),
+    "BMP": ("LA", "CMYK", "I;16"),
+    "WEBP": (),
+    "TIFF": (),
+    "PPM": ("P", "LA", "CMYK"),
+}
+
+
+@pytest.mark.parametrize(
+    ("image_format", "mode"),
+    [
+        (image_format, mode)
+        for image_format, without in NOT_WRITTEN.items()
+        for mode in ("1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "I;16")
+        if mode not in without
+    ],
+)
 def test_every_mode_of_every_format_differs_by_one_at_most(
     tmp_path: Path, image_format: str, mode: str
 ) -> None:
     grey16 = np.linspace(0, 65535, 90 * 120).astype(np.uint16).reshape(90, 120)
     image = Image.fromarray(grey16) if mode == "I;16" else photograph(120, 90).convert(mode)
-    try:
-        path = save(tmp_path, image, image_format)
-    except (OSError, ValueError):
-        pytest.skip("Pillow writes no such file")
-    exact, fast = both(path, PRE)
+    exact, fast = both(save(tmp_path, image, image_format), PRE)
     assert np.abs(exact - fast).max() <= 1
 
 
