@@ -23,6 +23,7 @@ from featcache.engines import (
     MAX_BATCH_SIZE,
     Engine,
     batch_sizes,
+    device_kind,
     make_engine,
     other_engines,
     setup_seconds,
@@ -330,7 +331,7 @@ class Embedder:
 
     def _candidates(self, ready: ReadyEngine) -> list[Candidate]:
         """The other engines, the soonest made first; then each in other batches, if none was asked for."""
-        kind = ready.engine.device.partition(":")[0]
+        kind = device_kind(ready.engine.device)
         here = Candidate(ready.engine.name, ready.engine.batch_size)
         ranked = [
             (rank, Candidate(name, size, setup_seconds(name, weights_bytes=ready.weights_bytes)))

@@ -17,7 +17,7 @@ from torchvision.transforms._presets import ImageClassification
 
 from featcache.backbones import Backbone, load_backbone, make_backbone
 from featcache.cli import main
-from featcache.engines import AUTO, ENGINES, make_engine, other_engines
+from featcache.engines import AUTO, ENGINES, batch_sizes, device_kind, make_engine, other_engines
 from featcache.engines.agreement import LOWEST_COSINE, compare_engines
 from featcache.errors import DeviceError
 from featcache.spec import Preprocessing
@@ -252,6 +252,12 @@ def test_wrong_pixels_are_a_mistake_of_the_caller(engine_name: str, images: np.n
     engine = make_engine(load_backbone(TOY), batch_size=4, engine=engine_name)
     with pytest.raises(ValueError, match=said):
         engine.embed(images)
+
+
+@pytest.mark.parametrize("said", ["cuda", "cuda:1", "cuda (NVIDIA H100)", "cuda:0 (NVIDIA H100: 80 GB)"])
+def test_the_kind_of_a_device_is_told_from_its_words(said: str) -> None:
+    assert device_kind(said) == "cuda"
+    assert batch_sizes("torch-eager", device_kind(said))
 
 
 def test_a_batch_size_below_one_is_a_mistake_of_the_caller() -> None:

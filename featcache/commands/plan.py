@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache.embedding import Embedding
-from featcache.engines import AUTO, other_engines, require_engine
+from featcache.engines import AUTO, device_kind, other_engines, require_engine
 from featcache.forecast import (
     Sample,
     Situation,
@@ -232,7 +232,7 @@ def _forecast(
     situation = Situation(
         sample=sample,
         seconds=seconds["embedding"],
-        device=_kind(ready.engine.device),
+        device=device_kind(ready.engine.device),
         best_device=_best_device(),
         precision=spec.compute_dtype,
         asked_engine=asked_engine,
@@ -279,11 +279,6 @@ def _best_device() -> str:
     from featcache.engines.devices import find_device
 
     return find_device("auto").type
-
-
-def _kind(device: str) -> str:
-    """Of a device in words, such as `cuda:0 (NVIDIA H100)`."""
-    return device.partition(" ")[0].partition(":")[0]
 
 
 def _free_bytes(output: Path) -> int | None:

@@ -115,6 +115,11 @@ def _missing_libraries(row: EngineRow) -> list[str]:
 MAX_BATCH_SIZE = 65_536
 
 
+def device_kind(device: str) -> str:
+    """Its kind in torch's words, from what `Engine.device` says: `cuda` of `cuda:0 (NVIDIA H100)`."""
+    return device.partition(" ")[0].partition(":")[0]
+
+
 def batch_sizes(name: str, device: str) -> tuple[int, ...]:
     """The batch sizes worth trying for the engine of that name, its default first.
 
