@@ -384,14 +384,16 @@ class Embedder:
         engine = self._make(ready.backbone, engine=name, batch_size=ready.batch_size)
         shown = None if samples is None else (lambda: samples("exact"))
         pixels = probe_pixels(ready.spec.preprocessing.crop_size, shown)
-        agreement = compare_engines(engine, ready.engine, pixels)
-        if not agreement.passed:
+        exact = self._in_float32(ready)
+        agreement = compare_engines(engine, exact, pixels)
+        like = None if exact is ready.engine else compare_engines(ready.engine, exact, pixels)
+        if not agreement.passed_like(like):
             raise DeviceError(
-                f"the engine {name} does not compute here what {ready.engine.name} does "
+                f"the engine {name} does not compute here what {exact.name} does "
                 f"({agreement.describe()}): pass another --engine"
             )
         why = {"asked": self._engine, "agreement": {name: agreement.to_json()}}
-        said = f"engine {name}; against {ready.engine.name} over {len(pixels)} images: {agreement.describe()}"
+        said = f"engine {name}; against {exact.name} over {len(pixels)} images: {agreement.describe()}"
         self.ready = replace(ready, engine=engine, why=why, said=said)
         return self.ready
 
