@@ -11,7 +11,7 @@ import json
 import os
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from featcache.heads.base import Head
 
 ENCODING_TYPE = "featcache-model"
-ENCODING_VERSION = 1
+ENCODING_VERSION = 2  # 1: one node, no network of its own; such models are still written as 1
+NETWORK = "network."  # before the names of the tensors of a fine-tuned backbone
 
 # What the rebuilding of a head raises on odd content; skops, whose archives are zip files, adds its own.
 _REBUILD_ERRORS = (
@@ -61,6 +62,8 @@ class Model:
     """A fitted head and what is needed to give it the features it was fitted on.
 
     arrays, rest: what the head's `to_arrays` gave. params: the parameters it was built with.
+    nodes: of the spec, whose vectors, one after the other, are the head's features.
+    network: the state dict of the backbone without its classifier where it was fine-tuned, else empty.
     provenance: of the store, with at least the request for the backbone and the identity of its weights.
     metrics: of the rows held out. chosen: how the parameters were chosen.
     """
@@ -71,10 +74,16 @@ class Model:
     rest: Mapping[str, Any]
     classes: tuple[str, ...]
     spec: FeatureSpec
-    node: FeatureNode
+    nodes: tuple[FeatureNode, ...]
     provenance: Mapping[str, Any]
     metrics: Mapping[str, Any]
     chosen: Mapping[str, Any]
+    network: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+
+    @property
+    def num_features(self) -> int:
+        """Of the vectors of all nodes together."""
+        return sum(node.num_features for node in self.nodes)
 
     @property
     def fingerprint(self) -> str:
@@ -109,7 +118,7 @@ class Model:
         try:
             head = kind.load().from_arrays(self.arrays, self.rest, params=self.params)
             _require_probabilities(
-                head.predict_proba(np.zeros((2, self.node.num_features), dtype=np.float32)),
+                head.predict_proba(np.zeros((2, self.num_features), dtype=np.float32)),
                 shape=(2, len(self.classes)),
             )
             return head
@@ -139,16 +148,18 @@ class Model:
             "classes": list(self.classes),
             "spec": json.loads(self.spec.to_json()),
             "fingerprint": self.fingerprint,
-            "node": self.node.key,
             "provenance": dict(self.provenance),
             "metrics": dict(self.metrics),
             "chosen": dict(self.chosen),
         }
-        arrays = {name: np.ascontiguousarray(array) for name, array in self.arrays.items()}
+        one = len(self.nodes) == 1
+        about |= {"node": self.nodes[0].key} if one else {"nodes": [node.key for node in self.nodes]}
+        arrays = {name: np.asarray(array, order="C") for name, array in self.arrays.items()}
+        arrays |= {NETWORK + name: np.asarray(array, order="C") for name, array in self.network.items()}
         text = json.dumps(about, sort_keys=True)
         metadata = {
             "encoding-type": ENCODING_TYPE,
-            "encoding-version": str(ENCODING_VERSION),
+            "encoding-version": "1" if one and not self.network else str(ENCODING_VERSION),
             "model": text,
             "digest": content_digest(text, arrays),
         }
@@ -171,7 +182,12 @@ class Model:
                 f"{path} is damaged: its content is not what was written. Fit again, or copy it again."
             )
         try:
-            model = cls(**_fields(json.loads(metadata["model"])), arrays=arrays)
+            network = {name: arrays.pop(name) for name in sorted(arrays) if name.startswith(NETWORK)}
+            model = cls(
+                **_fields(json.loads(metadata["model"])),
+                arrays=arrays,
+                network={name.removeprefix(NETWORK): array for name, array in network.items()},
+            )
             kind_arrays = find_head(model.head_name).arrays
         except _DESCRIPTION_ERRORS as error:
             _refuse(path, f"its description cannot be read ({type(error).__name__}: {_one_line(error)})")
@@ -189,7 +205,7 @@ def content_digest(text: str, arrays: Mapping[str, NDArray[Any]]) -> str:
     """sha256 over the description and every array by name, type, shape and bytes: it finds damage."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
+        array = np.asarray(arrays[name], order="C")
         digest.update(f"{name} {array.dtype.str} {array.shape};".encode() + array.tobytes())
     return digest.hexdigest()
 
@@ -243,6 +259,9 @@ def _fields(about: Mapping[str, Any]) -> dict[str, Any]:
     if spec.fingerprint() != about["fingerprint"]:
         raise ValueError("the fingerprint is not that of the spec")
     nodes = {node.key: node for node in spec.nodes}
+    keys = about["nodes"] if "nodes" in about else [about["node"]]
+    if not isinstance(keys, list) or not keys or len(set(keys)) < len(keys):
+        raise ValueError("nodes are one or more different names")
     classes = tuple(about["classes"])
     if len(classes) < 2 or len(set(classes)) < len(classes) or not all(isinstance(c, str) for c in classes):
         raise ValueError("classes are two or more different names")
@@ -252,7 +271,7 @@ def _fields(about: Mapping[str, Any]) -> dict[str, Any]:
         "rest": dict(about["rest"]),
         "classes": classes,
         "spec": spec,
-        "node": nodes[about["node"]],
+        "nodes": tuple(nodes[key] for key in keys),
         "provenance": dict(about["provenance"]),
         "metrics": dict(about["metrics"]),
         "chosen": dict(about["chosen"]),
@@ -261,7 +280,7 @@ def _fields(about: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_arrays(path: Path, model: Model, expected: Mapping[str, tuple[str, ...]]) -> None:
     """Names, shapes and values of the arrays, against the classes and the node's features."""
-    sizes: dict[str, int] = {"K": len(model.classes), "D": model.node.num_features}
+    sizes: dict[str, int] = {"K": len(model.classes), "D": model.num_features}
     if set(model.arrays) != set(expected):
         _refuse(path, f"it holds the arrays {sorted(model.arrays)}, not {sorted(expected)}")
     for name, letters in expected.items():
@@ -279,6 +298,9 @@ def _check_arrays(path: Path, model: Model, expected: Mapping[str, tuple[str, ..
             )
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             _refuse(path, f"{name} holds values that are not finite")
+    for name, array in model.network.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            _refuse(path, f"{name} of its network holds values that are not finite")
     for name, size in (("n_classes", "K"), ("n_features", "D")):
         if model.rest.get(name, sizes[size]) != sizes[size]:
             _refuse(path, f"{name} is {model.rest[name]}, not {sizes[size]}")

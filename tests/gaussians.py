@@ -51,7 +51,7 @@ def gaussian_features(
         ids=tuple(f"{i:05d}.png" for i in range(n)),
         splits=np.repeat(np.array(list(splits), dtype="<U5"), list(splits.values())),
         sha256=rng.integers(0, 256, size=(n, 32), dtype=np.uint8),
-        node=node,
+        nodes=(node,),
         spec=spec,
     )
 
@@ -92,7 +92,7 @@ def write_store(path: Path, features: FeatureSet, *, fill: bool = True) -> Path:
         with StoreWriter(store.layout) as writer:
             writer.write_block(
                 0,
-                features={features.node.key: features.X},
+                features={features.nodes[0].key: features.X},
                 row_status=np.full(n, RowStatus.OK, dtype=np.uint8),
                 sources=sources,
             )

@@ -33,6 +33,7 @@ LAYERS = (
         "engines",
         "evaluate",
         "model",
+        "inference",
     },
     {"images", "backbones", "store", "heads"},
     {"spec", "records", "progress", "versions", "disk", "interrupts", "words", "processors"},
@@ -44,6 +45,7 @@ WITHIN_A_LAYER = {
     "request": {"engines"}, "explanation": {"reuse"}, "sharding": {"reuse"},
     "embedding": {"filling", "pipeline", "request", "reuse"}, "together": {"embedding", "pipeline", "reuse"},
     "update": {"embedding", "forecast", "reuse", "sharding"},
+    "inference": {"model", "request"},
     "forecast": {"embedding", "pipeline", "request", "reuse"},
 }  # fmt: skip
 ROOMS = {

@@ -95,7 +95,7 @@ def test_a_saved_model_is_the_same_model(name: str, tmp_path: Path) -> None:
     again = Model.load(tmp_path / "m.model")
     X = gaussian_features(seed=1).X
     np.testing.assert_array_equal(again.predict_proba(X), model.predict_proba(X))
-    for field in ("head_name", "params", "classes", "spec", "node", "provenance"):
+    for field in ("head_name", "params", "classes", "spec", "nodes", "provenance"):
         assert getattr(again, field) == getattr(model, field), field
     assert again.fingerprint == model.fingerprint == again.spec.fingerprint()
     assert json.loads(json.dumps(model.metrics)) == again.metrics
@@ -124,7 +124,7 @@ def test_a_model_file_is_a_safetensors_file_that_says_what_it_is(saved: Path) ->
         (struct.pack("<Q", 22) + b'{"__metadata__": "no"}', "damaged header"),
         (save({"weight": np.zeros(3)}), "safetensors file, but not a featcache model"),
         (save({"weight": np.zeros(3)}, {"encoding-type": "other"}), "not a featcache model.*other"),
-        (save({}, {"encoding-type": "featcache-model", "encoding-version": "2"}), "format 2: upgrade"),
+        (save({}, {"encoding-type": "featcache-model", "encoding-version": "3"}), "format 3: upgrade"),
         (save({}, {"encoding-type": "featcache-model", "encoding-version": "1"}), "damaged header"),
     ],
 )

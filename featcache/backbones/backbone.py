@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Layout = Literal["nchw", "nhwc"]
-WeightsSource = Literal["torchvision", "bundled", "file", "random", "user"]
+WeightsSource = Literal["torchvision", "bundled", "file", "random", "user", "tuned"]
 
 # Counts training steps; evaluation never reads it, and some checkpoints lack it.
 STEP_COUNTER = "num_batches_tracked"
@@ -52,6 +52,8 @@ class Backbone:
     `layout` says where feature maps keep their channels, except for those of `other_layout_nodes`.
     `prefix_tokens` counts the tokens before the patches in (B, tokens, D) outputs, the first being the class
     token; with any, tokens are pooled by taking the class token, without, by averaging.
+    `classifier` is the path of the layer that was taken out, None where that is not known; `code_sha256` is
+    of the file that defines a network of the user's own.
     """
 
     name: str
@@ -62,6 +64,8 @@ class Backbone:
     other_layout_nodes: tuple[str, ...] = ()
     prefix_tokens: int = 0
     trace: TraceOptions = TraceOptions()
+    classifier: str | None = None
+    code_sha256: str = ""
 
     @property
     def token_pooling(self) -> Pooling:

@@ -115,6 +115,7 @@ def load(name: str, *, weights: str | None, seed: int) -> Backbone:
         preprocessing=row.preprocessing,
         weights=identity,
         trace=_trace_options(),
+        classifier=row.classifier,
     )
 
 

@@ -264,6 +264,7 @@ def _backbone(
         layout=row.layout,
         other_layout_nodes=row.other_layout_nodes,
         prefix_tokens=row.prefix_tokens,
+        classifier=row.classifier,
     )
 
 

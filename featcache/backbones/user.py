@@ -40,8 +40,12 @@ def load(name: str, *, weights: str | None, seed: int) -> Backbone:
             f"{name} returned {type(backbone).__name__}, where a Backbone was expected: "
             "return make_backbone(module, preprocessing=...)"
         )
-    identity = replace(backbone.weights, sha256=_digest_with_source(backbone.weights.sha256, function))
-    return replace(backbone, name=name, weights=identity)
+    source = _source(function)
+    # Weights alone do not say what a network of the user's own computes; the file that defines it does.
+    both = hashlib.sha256(backbone.weights.sha256.encode() + source).hexdigest() if source else ""
+    identity = replace(backbone.weights, sha256=both or backbone.weights.sha256)
+    code = hashlib.sha256(source).hexdigest() if source else ""
+    return replace(backbone, name=name, weights=identity, code_sha256=code)
 
 
 def infos() -> tuple[BackboneInfo, ...]:
@@ -71,13 +75,12 @@ def _find_function(name: str) -> Callable[[], object]:
     return function
 
 
-def _digest_with_source(weights_sha256: str, function: Callable[[], object]) -> str:
-    """Weights alone do not say what a network of the user's own computes; the file that defines it does."""
+def _source(function: Callable[[], object]) -> bytes:
+    """The file that defines the function; nothing where there is none."""
     try:
-        source = Path(inspect.getfile(function)).read_bytes()
+        return Path(inspect.getfile(function)).read_bytes()
     except (TypeError, OSError):
-        return weights_sha256
-    return hashlib.sha256(weights_sha256.encode() + source).hexdigest()
+        return b""
 
 
 @contextmanager

@@ -191,7 +191,7 @@ def fit_features(
         rest=rest,
         classes=tuple(features.classes[k] for k in known),
         spec=features.spec,
-        node=features.node,
+        nodes=features.nodes,
         provenance=dict(provenance or {}),
         metrics={**test.to_json(), "scored_on": rows.scored_on, "train_accuracy": train.accuracy},
         chosen={"by": result.chosen_by, "candidates": [c.to_json() for c in selection.candidates]},

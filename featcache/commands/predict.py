@@ -14,15 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.engines import make_engine
-from featcache.errors import ModelError
 from featcache.images import find_images
 from featcache.images.identity import ImageFailure
 from featcache.images.paths import show_path
+from featcache.inference import load_network
 from featcache.model import Model
 from featcache.pipeline import EmbeddedBatch, embed_files
 from featcache.processors import usable_processors
 from featcache.progress import Progress, SilentProgress
-from featcache.request import RecordedBackbone, recorded_decoder
+from featcache.request import recorded_decoder
 from featcache.spec import Picture
 
 
@@ -103,10 +103,10 @@ def predict(
     progress = progress or SilentProgress()
     fitted = Model.load(Path(model))
     files, notes = find_images([Path(image) for image in images], follow_links=follow_links)
-    loaded = _recorded_backbone(fitted, where=str(model)).load(weights=weights, allowed=backbone)
+    loaded = load_network(fitted, where=str(model), weights=weights, allowed=backbone)
     engine = make_engine(
         loaded,
-        nodes=(fitted.node.key,),
+        nodes=tuple(node.key for node in fitted.nodes),
         device=device,
         precision=fitted.spec.compute_dtype,
         batch_size=batch_size,
@@ -127,23 +127,13 @@ def predict(
     return PredictResult(predictions=tuple(predictions), notes=tuple(notes))
 
 
-def _recorded_backbone(model: Model, *, where: str) -> RecordedBackbone:
-    return RecordedBackbone.from_records(
-        model.request,
-        model.weights,
-        model.spec,
-        where=where,
-        kind="model file",
-        says="was fitted on",
-        error=ModelError,
-    )
-
-
 def _predict_batch(
     model: Model, batch: EmbeddedBatch, files: Sequence[Path], *, top_k: int
 ) -> list[Prediction]:
     # Through the store's dtype, so that an image is seen here as the head saw it in the store.
-    X = batch.features[model.node.key].astype(model.spec.store_dtype)
+    X = np.concatenate(
+        [batch.features[node.key].astype(model.spec.store_dtype) for node in model.nodes], axis=1
+    )
     ok = np.array([not isinstance(outcome, ImageFailure) for outcome in batch.outcomes])
     probabilities = iter(model.predict_proba(X[ok]) if ok.any() else ())
     return [

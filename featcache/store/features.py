@@ -13,10 +13,10 @@ from featcache.spec import FeatureNode, FeatureSpec
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FeatureSet:
-    """The usable rows of one node of a store. Failed and pending rows are left out of every array alike.
+    """The usable rows of a store. Failed and pending rows are left out of every array alike.
 
-    X: ndarray of shape (n_samples, n_features), float16 or float32; a read-only memory map of the store
-        when every row is usable, otherwise a copy of the usable rows.
+    X: ndarray of shape (n_samples, n_features), float16 or float32: the vectors of `nodes`, one after the
+        other; of one node a read-only memory map of the store when every row is usable, otherwise a copy.
     y: int64 ndarray of shape (n_samples,), indices into `classes`, -1 = unlabelled.
     ids: the relative paths, n_samples of them.
     splits: str ndarray of shape (n_samples,), "train", "val", "test" or "" for none.
@@ -29,7 +29,7 @@ class FeatureSet:
     ids: tuple[str, ...]
     splits: NDArray[np.str_]
     sha256: NDArray[np.uint8]
-    node: FeatureNode
+    nodes: tuple[FeatureNode, ...]
     spec: FeatureSpec
 
     def __len__(self) -> int:

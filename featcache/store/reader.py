@@ -179,13 +179,17 @@ class FeatureStore:
             )
         return view
 
-    def features(self, node: str | None = None, *, view: int = 0, partial: bool = False) -> FeatureSet:
+    def features(
+        self, node: str | Sequence[str] | None = None, *, view: int = 0, partial: bool = False
+    ) -> FeatureSet:
         """The usable rows of a node, with labels, ids and splits joined to them.
 
+        node: a key, None for the first node, or several, whose vectors are put one after the other.
         view: 0 is of the plain images, and what is scored is scored on those; others are augmented.
         IncompleteStore when rows are still pending, unless `partial` asks for the complete blocks only.
         """
-        chosen = self.node(node)
+        keys = (node,) if node is None or isinstance(node, str) else tuple(dict.fromkeys(node))
+        chosen = tuple(self.node(key) for key in keys)
         if not self.sealed:
             raise DamagedStore(f"{self.path} is damaged: nothing says which image is which of its rows.")
         if not partial and not self.complete:
@@ -195,17 +199,17 @@ class FeatureStore:
             )
         usable = self.row_status == RowStatus.OK
         everything = bool(usable.all())
-        X = self.map(chosen.key, view=view)
         keep = slice(None) if everything else np.flatnonzero(usable)
+        maps = [self.map(one.key, view=view)[keep] for one in chosen]
         ids = self.table.ids
         return FeatureSet(
-            X=X if everything else X[keep],
+            X=maps[0] if len(maps) == 1 else np.concatenate(maps, axis=1),
             y=self.table.labels[keep],
             classes=self.classes,
             ids=ids if everything else tuple(ids[row] for row in np.flatnonzero(usable)),
             splits=_split_names(self.table.splits[keep]),
             sha256=np.array(self.sources["sha256"][keep]),
-            node=chosen,
+            nodes=chosen,
             spec=self.spec,
         )
 

@@ -684,7 +684,7 @@ def _toy_model(features: Any, provenance: Any, alpha: float) -> Model:
     arrays, rest = head.to_arrays()
     return Model(
         head_name="ridge", params={"alpha": alpha}, arrays=arrays, rest=rest, classes=features.classes,
-        spec=features.spec, node=features.node, provenance=provenance, metrics={}, chosen={},
+        spec=features.spec, nodes=features.nodes, provenance=provenance, metrics={}, chosen={},
     )  # fmt: skip
 
 

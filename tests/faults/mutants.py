@@ -561,7 +561,7 @@ def use_model(path: Path) -> str:
         said = info(path)
         said.describe()
         json.dumps(said.to_json())
-        rows = gaussian_features({"test": 6}, d=model.node.num_features, k=2).X
+        rows = gaussian_features({"test": 6}, d=model.num_features, k=2).X
         probabilities = model.predict_proba(rows)
         _ = model.request, model.weights
     except FeatcacheError as error:
