@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from featcache import versions
 from featcache.disk import disk_errors
+from featcache.embedder import Embedder, ReadyEngine
 from featcache.errors import StoreError, TooManyFailures
 from featcache.filling import StoreFilling
 from featcache.images.decode import Decoder
@@ -27,7 +28,7 @@ from featcache.images.paths import resolve, show_path
 from featcache.pipeline import Load, Stages, decoding, load_in_time
 from featcache.progress import Progress
 from featcache.records import RowStatus
-from featcache.request import Embedder, ReadyEngine, recorded_batch_size, recorded_decoder
+from featcache.request import recorded_batch_size, recorded_decoder
 from featcache.reuse import ReusePlan
 from featcache.spec import FeatureSpec, Picture
 from featcache.store.files import StoreFiles

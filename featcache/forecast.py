@@ -20,13 +20,13 @@ from pathlib import Path
 import numpy as np
 
 from featcache.disk import open_regular
+from featcache.embedder import ReadyEngine
 from featcache.embedding import BLOCK_ROWS
 from featcache.images.decode import MAX_PIXELS, SCALED_KEEPS, LoadedPictures
 from featcache.images.identity import ImageFailure
 from featcache.images.opening import OpenImage, Refused
 from featcache.images.paths import resolve
 from featcache.pipeline import Lane, Load, Stages, embed_lanes, loader
-from featcache.request import ReadyEngine
 from featcache.reuse import ReusePlan
 from featcache.spec import FeatureSpec, Picture, Precision
 from featcache.store.layout import RowTable, store_size

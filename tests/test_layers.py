@@ -24,6 +24,7 @@ LAYERS = (
         "update",
         "explanation",
         "forecast",
+        "embedder",
         "request",
         "origin",
         "filling",
@@ -42,11 +43,13 @@ LAYERS = (
 # The operations that build on other operations: {importer: imported}.
 WITHIN_A_LAYER = {
     "cli": {"demo"}, "__main__": {"cli"}, "pipeline": {"engines"}, "filling": {"pipeline", "reuse"},
-    "request": {"engines"}, "explanation": {"reuse"}, "sharding": {"reuse"},
-    "embedding": {"filling", "pipeline", "request", "reuse"}, "together": {"embedding", "pipeline", "reuse"},
+    "request": {"engines"}, "embedder": {"engines", "request"},
+    "explanation": {"reuse"}, "sharding": {"reuse"},
+    "embedding": {"embedder", "filling", "pipeline", "request", "reuse"},
+    "together": {"embedding", "pipeline", "reuse"},
     "update": {"embedding", "forecast", "reuse", "sharding"},
     "inference": {"model", "request"},
-    "forecast": {"embedding", "pipeline", "request", "reuse"},
+    "forecast": {"embedder", "embedding", "pipeline", "request", "reuse"},
 }  # fmt: skip
 ROOMS = {
     "click": {"cli"},

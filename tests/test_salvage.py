@@ -348,7 +348,7 @@ def test_a_killed_one_whose_images_changed_needs_nothing_that_was_recorded(
             embed_it(photos, store)
     for i in range(8, 16):
         next(photos.rglob(f"{i:02d}.png")).unlink()
-    monkeypatch.setattr("featcache.request.prove_weights", lambda recorded, _: "proven" if recorded else "")
+    monkeypatch.setattr("featcache.embedder.prove_weights", lambda recorded, _: "proven" if recorded else "")
     no_decoding(monkeypatch)
     assert counts(embed_it(photos, store)) == {"rows": 12, "reused": 12}
     assert FeatureStore.open(store).provenance["engine"]

@@ -10,13 +10,14 @@ from functools import partial
 from pathlib import Path
 
 from featcache.backbones.weights import RANDOM
+from featcache.embedder import Embedder
 from featcache.embedding import Embedding
 from featcache.engines import AUTO, require_engine
 from featcache.images import scan_images
 from featcache.origin import describe_origin
 from featcache.processors import usable_processors
 from featcache.progress import Progress, SilentProgress
-from featcache.request import Embedder, EmbedRequest, absolute_weights, require_sizes
+from featcache.request import EmbedRequest, absolute_weights, require_sizes
 from featcache.sharding import Shard, processors_of_rank
 from featcache.spec import PENULTIMATE, JpegScale, Precision, StoreDtype
 from featcache.store.files import StoreFiles

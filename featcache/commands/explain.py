@@ -18,6 +18,7 @@ import numpy as np
 
 from featcache.backbones import prove_weights
 from featcache.backbones.weights import RANDOM
+from featcache.embedder import Embedder
 from featcache.errors import DataError
 from featcache.explanation import (
     FIELDS,
@@ -35,7 +36,7 @@ from featcache.origin import find_origin, follows_links, image_file
 from featcache.processors import usable_processors
 from featcache.progress import Progress, SilentProgress
 from featcache.records import SPLITS, FileStat, Listing, RowStatus
-from featcache.request import Embedder, EmbedRequest, RecordedBackbone, absolute_weights
+from featcache.request import EmbedRequest, RecordedBackbone, absolute_weights
 from featcache.reuse import CachedRows, Reason, ReusePlan, plan_reuse
 from featcache.spec import FeatureSpec, Precision, StoreDtype, spec_differences
 from featcache.store.files import StoreFiles

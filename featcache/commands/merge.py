@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache.embedder import Embedder
 from featcache.embedding import Embedding
 from featcache.errors import IncompleteStore, SpecMismatch, StoreError
 from featcache.images.paths import show_path
 from featcache.origin import recorded_origin
 from featcache.progress import SilentProgress
 from featcache.records import SPLITS, RowStatus
-from featcache.request import Embedder, EmbedRequest
+from featcache.request import EmbedRequest
 from featcache.reuse import CachedRows, ReusePlan
 from featcache.sharding import RecordedShard, shard_of_image
 from featcache.spec import describe_differences

@@ -15,6 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from featcache.embedder import Embedder, ReadyEngine
 from featcache.embedding import Embedding
 from featcache.engines import AUTO, device_kind, other_engines, require_engine
 from featcache.forecast import (
@@ -32,7 +33,7 @@ from featcache.images.paths import show_path
 from featcache.origin import describe_origin
 from featcache.processors import usable_processors
 from featcache.progress import Progress, SilentProgress
-from featcache.request import Embedder, EmbedRequest, ReadyEngine, absolute_weights, require_sizes
+from featcache.request import EmbedRequest, absolute_weights, require_sizes
 from featcache.reuse import ReusePlan, plan_reuse
 from featcache.spec import PENULTIMATE, FeatureSpec, JpegScale, Precision, StoreDtype
 from featcache.store.files import StoreFiles

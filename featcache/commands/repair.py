@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache.embedder import Embedder
 from featcache.embedding import Embedded, Embedding, failure_lines
 from featcache.errors import DataError, DiskError, StoreError
 from featcache.images.decode import load_image
@@ -26,7 +27,6 @@ from featcache.origin import find_origin, find_root, follows_links, image_file
 from featcache.processors import usable_processors
 from featcache.progress import Progress, SilentProgress
 from featcache.records import NO_FILE, FileStat, RowStatus
-from featcache.request import Embedder
 from featcache.reuse import CachedRows, ReusePlan
 from featcache.store.blocks import BlockCheck
 from featcache.store.files import StoreFiles

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache.embedder import Embedder, ReadyEngine
 from featcache.engines.agreement import LARGEST_DIFFERENCE, LOWEST_COSINE
 from featcache.images.identity import ImageFailure, hash_image
 from featcache.images.paths import show_path
@@ -22,7 +23,6 @@ from featcache.pipeline import embed_files
 from featcache.processors import usable_processors
 from featcache.progress import Progress, SilentProgress
 from featcache.records import RowStatus
-from featcache.request import Embedder, ReadyEngine
 from featcache.store.blocks import BlockState
 from featcache.store.reader import FeatureStore
 from featcache.words import plural
