@@ -25,7 +25,8 @@ from featcache.filling import StoreFilling
 from featcache.images.decode import Decoder
 from featcache.images.identity import ImageFailure
 from featcache.images.paths import resolve, show_path
-from featcache.pipeline import Load, Stages, decoding, load_in_time
+from featcache.lanes import Stages
+from featcache.pipeline import Load, decoding, load_in_time
 from featcache.progress import Progress
 from featcache.records import RowStatus
 from featcache.request import recorded_batch_size, recorded_decoder

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from featcache.images.identity import ImageFailure
 from featcache.images.paths import show_path
-from featcache.pipeline import EmbeddedBatch, EmbeddedImage
+from featcache.lanes import EmbeddedBatch, EmbeddedImage
 from featcache.records import RowStatus
 from featcache.reuse import ReusePlan
 from featcache.store.reader import FeatureStore

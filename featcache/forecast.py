@@ -26,7 +26,8 @@ from featcache.images.decode import MAX_PIXELS, SCALED_KEEPS, LoadedPictures
 from featcache.images.identity import ImageFailure
 from featcache.images.opening import OpenImage, Refused
 from featcache.images.paths import resolve
-from featcache.pipeline import Lane, Load, Stages, embed_lanes, loader
+from featcache.lanes import Lane, Stages
+from featcache.pipeline import Load, embed_lanes, loader
 from featcache.reuse import ReusePlan
 from featcache.spec import FeatureSpec, Picture, Precision
 from featcache.store.layout import RowTable, store_size

@@ -17,7 +17,8 @@ from typing import Self, TypeVar, overload
 from featcache.embedding import OpenedStore
 from featcache.images.paths import resolve, show_path
 from featcache.interrupts import StopRequest, graceful_stop
-from featcache.pipeline import EmbeddedBatch, Lane, Stages, decoding, embed_lanes
+from featcache.lanes import EmbeddedBatch, Lane, Stages
+from featcache.pipeline import decoding, embed_lanes
 from featcache.progress import Progress
 from featcache.reuse import ReusePlan
 from featcache.store.writer import StoreWriter

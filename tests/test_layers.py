@@ -30,6 +30,7 @@ LAYERS = (
         "filling",
         "reuse",
         "sharding",
+        "lanes",
         "pipeline",
         "engines",
         "evaluate",
@@ -42,14 +43,15 @@ LAYERS = (
 )
 # The operations that build on other operations: {importer: imported}.
 WITHIN_A_LAYER = {
-    "cli": {"demo"}, "__main__": {"cli"}, "pipeline": {"engines"}, "filling": {"pipeline", "reuse"},
+    "cli": {"demo"}, "__main__": {"cli"}, "lanes": {"engines"},
+    "pipeline": {"engines", "lanes"}, "filling": {"lanes", "reuse"},
     "request": {"engines"}, "embedder": {"engines", "request"},
     "explanation": {"reuse"}, "sharding": {"reuse"},
-    "embedding": {"embedder", "filling", "pipeline", "request", "reuse"},
-    "together": {"embedding", "pipeline", "reuse"},
+    "embedding": {"embedder", "filling", "lanes", "pipeline", "request", "reuse"},
+    "together": {"embedding", "lanes", "pipeline", "reuse"},
     "update": {"embedding", "forecast", "reuse", "sharding"},
     "inference": {"model", "request"},
-    "forecast": {"embedder", "embedding", "pipeline", "request", "reuse"},
+    "forecast": {"embedder", "embedding", "lanes", "pipeline", "request", "reuse"},
 }  # fmt: skip
 ROOMS = {
     "click": {"cli"},

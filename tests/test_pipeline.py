@@ -19,7 +19,8 @@ from featcache.backbones import load_backbone
 from featcache.engines import make_engine
 from featcache.images.decode import LoadedPictures, load_pictures
 from featcache.images.identity import ImageFailure
-from featcache.pipeline import EmbeddedBatch, EmbeddedImage, Lane, Load, Stages, embed_files, embed_lanes
+from featcache.lanes import EmbeddedBatch, EmbeddedImage, Lane, Stages
+from featcache.pipeline import Load, embed_files, embed_lanes
 from featcache.records import NO_FILE, RowStatus
 from featcache.spec import Picture, Preprocessing
 

@@ -18,8 +18,9 @@ from featcache.images import find_images
 from featcache.images.identity import ImageFailure
 from featcache.images.paths import show_path
 from featcache.inference import load_network
+from featcache.lanes import EmbeddedBatch
 from featcache.model import Model
-from featcache.pipeline import EmbeddedBatch, embed_files
+from featcache.pipeline import embed_files
 from featcache.processors import usable_processors
 from featcache.progress import Progress, SilentProgress
 from featcache.request import recorded_decoder
