@@ -61,6 +61,10 @@ FIELDS = {
         "whether the decoder of JPEGs shrinks large ones on the way",
         "large JPEGs have other pixels, so their features differ",
     ),
+    "preprocessing.transform": (
+        "the function of your own that resizes and crops instead, and its file's sha256",
+        "pictures are made by other code, so every feature may differ",
+    ),
     "compute_dtype": (
         "precision of the forward pass",
         "the network computes in another precision, so every feature differs a little",

@@ -84,6 +84,7 @@ class RecordedBackbone:
     asked_weights: str | None  # as they were asked for
     weights_path: str | None  # of the file they were read from, where the user named one
     weights_sha256: str
+    transform: str  # of its preprocessing, where that is the user's own
     seed: int
 
     @classmethod
@@ -118,6 +119,7 @@ class RecordedBackbone:
             asked_weights=asked,
             weights_path=path,
             weights_sha256=spec.weights_sha256,
+            transform=spec.preprocessing.transform,
             seed=seed,
         )
 
@@ -157,7 +159,17 @@ class RecordedBackbone:
                 f"the weights here ({loaded.weights.label}) are {loaded.weights.sha256[:12]}…. Pass the file "
                 "it was made with as --weights FILE, or embed and fit again with the weights that are here."
             )
+        self.require_transform(loaded)
         return loaded
+
+    def require_transform(self, loaded: Backbone) -> None:
+        """BackboneError where pictures would be made by other code than the recorded one."""
+        if loaded.preprocessing.transform != self.transform:
+            raise BackboneError(
+                f"{self.where} {self.says} features of pictures made by "
+                f"{self.transform or 'no transform'}; here it is {loaded.preprocessing.transform or 'none'}. "
+                "Use the code it was made with, or embed and fit again."
+            )
 
 
 def recorded_batch_size(provenance: Mapping[str, Any]) -> int | None:

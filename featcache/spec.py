@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from featcache.errors import SpecMismatch
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
-Pooling = Literal["none", "avg", "max", "cls"]
+Pooling = Literal["none", "avg", "max", "cls", "flat"]
 Precision = Literal["float32", "bfloat16", "float16"]
 StoreDtype = Literal["float32", "float16"]
 JpegScale = Literal["full", "scaled"]
@@ -31,6 +31,7 @@ class Preprocessing:
 
     Sizes are pixels. `mean` and `std` are per RGB channel for values scaled to [0, 1]. With jpeg "scaled" the
     decoder of JPEGs shrinks large ones by 2, 4 or 8 on the way, which is faster and gives other pixels.
+    `transform` names a function of the user's own (`know_transform`) that resizes and crops instead.
     """
 
     resize_size: int
@@ -42,6 +43,7 @@ class Preprocessing:
     color: str = COLOR_POLICY
     exif: str = EXIF_POLICY
     jpeg: JpegScale = "full"
+    transform: str = ""
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
@@ -55,6 +57,8 @@ class Preprocessing:
             raise ValueError(f"std is positive, not {self.std}")
         if self.jpeg not in get_args(JpegScale):
             raise ValueError(f"jpeg {self.jpeg!r} is none of {get_args(JpegScale)}")
+        if not isinstance(self.transform, str):
+            raise ValueError(f"transform is a name, not {str(self.transform)[:20]!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +129,9 @@ class FeatureSpec:
         raw = asdict(self)
         if self.views == 1:
             del raw["views_seed"], raw["augmentation"]
-        if self.preprocessing.jpeg == "full":
-            del raw["preprocessing"]["jpeg"]
+        for name, usual in (("jpeg", "full"), ("transform", "")):
+            if raw["preprocessing"][name] == usual:
+                del raw["preprocessing"][name]
         return json.dumps(raw, sort_keys=True, separators=(",", ":"))
 
     @classmethod

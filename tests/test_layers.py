@@ -34,11 +34,14 @@ LAYERS = (
         "pipeline",
         "engines",
         "evaluate",
+        "exporting",
+        "fitting",
         "model",
         "inference",
+        "scoring",
     },
     {"images", "backbones", "store", "heads"},
-    {"spec", "records", "progress", "versions", "disk", "interrupts", "words", "processors"},
+    {"spec", "records", "progress", "versions", "disk", "interrupts", "words", "processors", "transforms"},
     {"errors"},
 )
 # The operations that build on other operations: {importer: imported}.
@@ -50,22 +53,26 @@ WITHIN_A_LAYER = {
     "embedding": {"embedder", "filling", "lanes", "pipeline", "request", "reuse"},
     "together": {"embedding", "lanes", "pipeline", "reuse"},
     "update": {"embedding", "forecast", "reuse", "sharding"},
-    "inference": {"model", "request"},
+    "inference": {"engines", "lanes", "model", "pipeline", "request"},
+    "scoring": {"inference", "model"},
+    "fitting": {"evaluate", "model"},
+    "exporting": {"engines", "model", "request"},
     "forecast": {"embedder", "embedding", "lanes", "pipeline", "request", "reuse"},
 }  # fmt: skip
 ROOMS = {
     "click": {"cli"},
     "h5py": {"store"},
-    "onnxruntime": {"engines"},
-    "onnx": {"engines"},
-    "torchvision": {"backbones"},
+    "onnxruntime": {"engines", "exporting"},
+    "onnx": {"engines", "exporting"},
+    "skl2onnx": {"exporting"},
+    "torchvision": {"backbones", "exporting"},
     "timm": {"backbones"},
     "PIL": {"images"},
     "sklearn": {"heads", "evaluate"},
     "skops": {"heads"},
-    "pyarrow": {"demo"},
+    "pyarrow": {"demo", "exporting"},
     "simplejpeg": {"images"},
-    "torch": {"backbones", "engines", "heads", "images", "store"},
+    "torch": {"backbones", "engines", "exporting", "heads", "images", "store"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -135,6 +142,8 @@ def test_the_command_line_starts_without_the_heavy_libraries() -> None:
     assert not loaded & {"torch", "torchvision", "sklearn", "h5py", "numpy", "PIL", "scipy"}
 
 
-@pytest.mark.parametrize("verb", ["info", "fit", "embed", "verify", "repair", "explain", "merge", "plan"])
+@pytest.mark.parametrize(
+    "verb", ["info", "fit", "embed", "verify", "repair", "explain", "merge", "plan", "evaluate"]
+)
 def test_a_verb_is_imported_without_torch(verb: str) -> None:
     assert not loaded_after(f"import featcache.commands.{verb}") & {"torch", "torchvision", "timm"}

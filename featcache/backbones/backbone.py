@@ -6,11 +6,12 @@ Knows nothing of where networks come from; the families do. Imports torch only w
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from featcache.errors import BackboneError
 from featcache.spec import Pooling, Preprocessing
+from featcache.transforms import Transform, know_transform
 
 if TYPE_CHECKING:
     from torch import nn
@@ -126,10 +127,14 @@ def make_backbone(
     label: str = "",
     layout: Layout = "nchw",
     prefix_tokens: int = 0,
+    transform: Transform | None = None,
 ) -> Backbone:
     """A backbone from a network of your own, which must have lost its classifier already.
 
     The network is frozen and its weights are digested. `label` says in words which weights they are.
+    transform: a function of your own at the top of a module, from an upright RGB `PIL.Image` to its pixels,
+        uint8 of shape (crop_size, crop_size, 3), as an array or another `PIL.Image`, instead of resizing and
+        cropping; mean and std of `preprocessing` are applied afterwards.
     """
     from torch import nn
 
@@ -137,6 +142,8 @@ def make_backbone(
         raise BackboneError(f"a backbone is made from a torch.nn.Module, not from {type(module).__name__}")
     freeze(module)
     name = name or type(module).__name__
+    if transform is not None:
+        preprocessing = replace(preprocessing, transform=know_transform(transform))
     identity = WeightsIdentity(source="user", label=label or name, sha256=weights_digest(module))
     return Backbone(
         name=name,

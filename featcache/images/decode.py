@@ -22,10 +22,12 @@ from PIL import Image
 
 from featcache.images.identity import ImageFailure, read_image
 from featcache.images.opening import OpenImage, Refused
+from featcache.images.own import OwnCanvas
 from featcache.images.resize import Canvas, PillowCanvas, TorchCanvas
 from featcache.images.views import draw_cut
 from featcache.records import FileStat
 from featcache.spec import COLOR_POLICY, EXIF_POLICY, Picture, Preprocessing
+from featcache.transforms import find_transform
 
 Decoder = Literal["exact", "fast"]
 
@@ -122,6 +124,10 @@ def _torch_canvas(image: OpenImage, shrink: int) -> Canvas:
     return TorchCanvas(decoded, whole=image.size)
 
 
+def _own_canvas(image: OpenImage, shrink: int) -> Canvas:
+    return OwnCanvas(image.decode(shrink=shrink))
+
+
 _CANVASES: Mapping[Decoder, Callable[[OpenImage, int], Canvas]] = {
     "exact": _pillow_canvas,
     "fast": _torch_canvas,
@@ -134,6 +140,8 @@ def _check_preprocessing(preprocessing: Preprocessing) -> None:
             f"this version decodes with {COLOR_POLICY} and {EXIF_POLICY}, "
             f"not {preprocessing.color} and {preprocessing.exif}"
         )
+    if preprocessing.transform:
+        find_transform(preprocessing.transform)
     if not preprocessing.antialias:
         raise ValueError("resizing always antialiases; preprocessing with antialias=False is not available")
 
@@ -146,15 +154,16 @@ def _make(
     sha256: bytes,
 ) -> tuple[NDArray[np.uint8], ...]:
     """The pixels of each picture; what several have in common is done once. Raises Refused."""
-    canvases: dict[int, Canvas] = {}  # by how much the decoder shrinks
+    canvases: dict[tuple[int, bool], Canvas] = {}  # by how much the decoder shrinks, and by whose transform
     made: dict[object, NDArray[np.uint8]] = {}
     keys = [_pixels_key(picture) for picture in pictures]
     for picture, key in zip(pictures, keys, strict=True):
         shrink = _shrink(image, picture.preprocessing)
-        if shrink not in canvases:
-            canvases[shrink] = canvas_of(image, shrink)
+        own = bool(picture.preprocessing.transform)
+        if (shrink, own) not in canvases:
+            canvases[shrink, own] = (_own_canvas if own else canvas_of)(image, shrink)
         if key not in made:
-            made[key] = _picture(canvases[shrink], picture, sha256)
+            made[key] = _picture(canvases[shrink, own], picture, sha256)
     return tuple(made[key] for key in keys)
 
 
@@ -162,11 +171,11 @@ def _pixels_key(picture: Picture) -> object:
     """What the pixels depend on; the rest of the preprocessing is done with them later."""
     pre = picture.preprocessing
     seed = picture.seed if picture.view else 0
-    return pre.resize_size, pre.crop_size, pre.interpolation, pre.jpeg, picture.view, seed
+    return pre.resize_size, pre.crop_size, pre.interpolation, pre.jpeg, pre.transform, picture.view, seed
 
 
 def _shrink(image: OpenImage, preprocessing: Preprocessing) -> int:
-    if preprocessing.jpeg == "full":
+    if preprocessing.jpeg == "full" or preprocessing.transform:  # which is to see the whole picture
         return 1
     return image.shrink_to(SCALED_KEEPS * preprocessing.resize_size)
 

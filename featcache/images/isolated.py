@@ -42,6 +42,7 @@ from featcache.images.identity import ImageFailure, read_image
 from featcache.interrupts import STOPPING
 from featcache.records import NO_FILE, FileStat, RowStatus
 from featcache.spec import Picture, Preprocessing
+from featcache.transforms import find_transform, import_transform
 
 Load = Callable[[str, Sequence[Picture]], LoadedPictures | ImageFailure]
 
@@ -96,6 +97,8 @@ class IsolatedDecoder:
         raised there or when this is closed, and DeviceError when there can be no process.
         """
         pictures = tuple(pictures)
+        for name in _transforms(pictures):
+            find_transform(name)  # a process imports what it is asked for: nothing that is not known here
         said = ""
         for _ in range(_ATTEMPTS):
             worker = self._take()
@@ -206,7 +209,7 @@ class _Worker:
             given: dict[str, Any] = {
                 "socket": passed[0],
                 "pixels": passed[1],
-                "path": [entry for entry in sys.path if isinstance(entry, str)],
+                "path": [*(entry for entry in sys.path if isinstance(entry, str)), os.getcwd()],
                 "warnings": list(_warning_filters()),
             }
             self._process = subprocess.Popen(
@@ -362,6 +365,10 @@ def _pictures(described: str) -> tuple[Picture, ...]:
     )
 
 
+def _transforms(pictures: Sequence[Picture]) -> set[str]:
+    return {picture.preprocessing.transform for picture in pictures} - {""}
+
+
 def _exception(raised: str, said: str, trace: str) -> Exception:
     """What `load` raised in a process: as it was where a caller may expect it, else with its traceback."""
     if raised in ("ValueError", "MemoryError"):
@@ -441,6 +448,8 @@ def _warm_up(load: Load) -> None:
 def _answer(request: Mapping[str, str], load: Load, pixels: _SharedPixels) -> dict[str, Any]:
     pictures = _pictures(request["pictures"])
     shared = pixels.hold(pictures)
+    for name in _transforms(pictures):
+        import_transform(name)
     pixels.taken_up = True
     outcome = load(os.fsdecode(request["path"].encode("latin-1")), pictures)
     answer = {"sha256": outcome.sha256 and outcome.sha256.hex(), "stat": outcome.stat._asdict()}
