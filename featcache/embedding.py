@@ -253,7 +253,8 @@ def failure_lines(failures: Sequence[tuple[str, str]], *, store: str) -> list[st
 def _command() -> str:
     """How this process was called, as far as it is of use to a reader."""
     program, *arguments = sys.argv or [""]
-    return shlex.join([Path(program).name, *arguments])[:2000]
+    name = Path(program).name
+    return shlex.join(["featcache" if name == "__main__.py" else name, *arguments])[:2000]
 
 
 def _some_pictures(plan: ReusePlan, spec: FeatureSpec, load: Load) -> NDArray[np.uint8]:

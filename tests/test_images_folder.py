@@ -272,3 +272,12 @@ def test_an_empty_folder_to_predict_is_refused_alone_and_noted_beside_others(tmp
     images, (note,) = find_images([tmp_path / "1.jpg", tmp_path / "empty"])
     assert images == [tmp_path / "1.jpg"]
     assert "no images under" in note
+
+
+def test_a_folder_without_class_folders_says_that_it_has_no_labels(
+    tmp_path: Path, save_image: Callable[..., Path]
+) -> None:
+    save_image(tmp_path / "a.png")
+    assert any("no image has a label" in note for note in scan_folder(tmp_path).notes)
+    save_image(tmp_path / "cats/b.png")
+    assert not any("no image has a label" in note for note in scan_folder(tmp_path).notes)

@@ -109,6 +109,8 @@ def _label_notes(records: Sequence[ImageRecord], classes: Sequence[str]) -> list
     bare = [record.path for record in records if record.label is None]
     if classes and bare:
         notes.append(f"{counted(bare, 'image', 'images')} outside the class folders: without a label")
+    if not classes:
+        notes.append("no class folders, so no image has a label: features can be made, but no head be fitted")
     return notes
 
 
