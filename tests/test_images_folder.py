@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from featcache.errors import DataError
 from featcache.images import SOURCES, scan_images, walk
-from featcache.images.folder import find_images
+from featcache.images.folder import find_images, scan_folder
 from featcache.images.paths import escape_path, is_inside, resolve, show_path, unescape_path
 from featcache.records import NO_FILE, FileStat
 
