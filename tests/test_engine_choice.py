@@ -15,7 +15,7 @@ import pytest
 import torch
 from fake_engine import SIZE, FakeEngine
 
-from featcache import request
+from featcache import embedder
 from featcache.commands.embed import EmbedResult, embed
 from featcache.commands.repair import repair
 from featcache.commands.verify import verify
@@ -271,7 +271,7 @@ def looking(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "worth_looking_at", lambda found, *_, **__: found)
     monkeypatch.setattr(choice, "measure_speeds", onnx_is_fastest)
     # Others would be compiled and looked at as well, for longer than the tests have.
-    monkeypatch.setattr(request, "other_engines", lambda precision: set(other_engines(precision)) & {"onnx"})
+    monkeypatch.setattr(embedder, "other_engines", lambda precision: set(other_engines(precision)) & {"onnx"})
 
 
 @pytest.fixture

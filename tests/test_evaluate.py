@@ -9,9 +9,10 @@ import pytest
 from sklearn.metrics import log_loss
 
 from featcache.evaluate.metrics import expected_calibration_error, score, wilson_interval
-from featcache.evaluate.select import select
+from featcache.evaluate.select import TrainingRows, select
 from featcache.evaluate.splits import NEVER, hold_out, make_folds
 from featcache.heads import HEADS
+from featcache.heads.temperature import fit_temperature
 
 
 def digests(n: int, *, seed: int = 0) -> Any:
@@ -100,27 +101,61 @@ def noisy(n: int = 120) -> tuple[Any, Any]:
 
 def choose(name: str, params: Any = None, *, kind: Any = None) -> Any:
     X, y = noisy()
-    folds = make_folds(digests(len(y)), y, seed=0)
-    return select(name, kind or HEADS[name], params or {}, X=X, y=y, folds=folds, seed=0)
+    rows = TrainingRows(X=X, y=y, folds=make_folds(digests(len(y)), y, seed=0))
+    return select(name, kind or HEADS[name], params or {}, rows=rows, seed=0)
 
 
 @pytest.mark.parametrize("name", [n for n in HEADS if HEADS[n].searched and n != "linear"])
 def test_selection_takes_the_best_candidate_and_repeats_itself(name: str) -> None:
     kind, found = HEADS[name], choose(name)
     cost = [c.nll if kind.criterion == "nll" else -c.accuracy for c in found.candidates]
-    chosen = found.params[str(kind.searched)]
-    assert min(cost) == cost[[c.value for c in found.candidates].index(chosen)]
+    chosen = {parameter: found.params[parameter] for parameter in kind.searched}
+    assert min(cost) == cost[[c.values for c in found.candidates].index(chosen)]
+    assert found.best.values == chosen
     assert found == choose(name)
 
 
 def test_a_grid_grows_until_its_best_is_inside() -> None:
     import dataclasses
 
-    kind = dataclasses.replace(HEADS["logistic"], grid=(1e-4, 1e-3))
-    values = [c.value for c in choose("logistic", kind=kind).candidates]
+    kind = dataclasses.replace(HEADS["logistic"], grid={"C": (1e-4, 1e-3)})
+    values = [c.values["C"] for c in choose("logistic", kind=kind).candidates]
     chosen = choose("logistic", kind=kind).params["C"]
     assert len(values) > 2
     assert values[0] < chosen < values[-1]
+
+
+def test_the_best_inside_a_grid_gets_a_value_beside_it() -> None:
+    values = np.array([c.values["C"] for c in choose("logistic").candidates])
+    grid = np.array(HEADS["logistic"].grid["C"])
+    (new,) = [value for value in values if np.abs(value / grid - 1).min() > 1e-9]
+    by_value = {c.values["C"]: c.nll for c in choose("logistic").candidates}
+    below, above = grid[grid < new].max(), grid[grid > new].min()
+    assert new == pytest.approx((below * above) ** 0.5)
+    first, second = sorted(grid, key=lambda value: by_value[value])[:2]
+    assert {first, second} == {below, above}
+
+
+def test_a_grid_does_not_grow_where_all_is_flat() -> None:
+    import dataclasses
+
+    kind = dataclasses.replace(HEADS["ridge"], grid={"alpha": (1e-6, 1e-5, 1e-4)})
+    found = choose("ridge", kind=kind)
+    assert [c.values["alpha"] for c in found.candidates] == [1e-6, 1e-5, 1e-4]
+    assert found.notes == ()
+
+
+def test_the_temperature_of_rows_that_were_all_right_leaves_room_for_an_error() -> None:
+    """By the rule of succession: with a share of 1 / (n + 2) spread over K classes."""
+    n, K = 18, 4
+    y = np.arange(n) % K
+    scores = 3.0 * np.eye(K)[y]
+    p = np.exp(3.0 / fit_temperature(scores, y))
+    assert p / (p + K - 1) == pytest.approx(1 - 1 / (n + 2) * (K - 1) / K, rel=1e-4)
+    weights = np.where(y == 0, 0.0, 1.0)
+    scores[y == 0] = 0.0  # wrong as can be, and of no weight
+    p = np.exp(3.0 / fit_temperature(scores, y, weights=weights))
+    assert p / (p + K - 1) == pytest.approx(1 - 1 / (n + 2) * (K - 1) / K, rel=1e-4)
 
 
 def test_giving_the_searched_parameter_ends_the_search_but_not_the_calibration() -> None:
@@ -135,6 +170,6 @@ def test_ties_go_to_the_stronger_regularisation() -> None:
     X = np.repeat(np.eye(2), 40, axis=0)
     y = np.repeat([0, 1], 40)
     folds = make_folds(digests(80), y, seed=0)
-    found = select("knn", HEADS["knn"], {}, X=X, y=y, folds=folds, seed=0)
+    found = select("knn", HEADS["knn"], {}, rows=TrainingRows(X=X, y=y, folds=folds), seed=0)
     best = max(c.accuracy for c in found.candidates)
-    assert found.params["k"] == max(c.value for c in found.candidates if c.accuracy == best)
+    assert found.params["k"] == max(c.values["k"] for c in found.candidates if c.accuracy == best)

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.base import clone
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
 from sklearn.preprocessing import StandardScaler
 
 import featcache.heads.logistic as logistic
-from featcache.evaluate.select import select
+import featcache.heads.moments as moments
+import featcache.heads.training as training
+from featcache.evaluate.select import TrainingRows, select
 from featcache.evaluate.splits import Folds
 from featcache.heads import HEADS
 from featcache.heads.base import Head
 from featcache.heads.lbfgs import minimise
+from featcache.heads.lda import DiscriminantHead
 from featcache.heads.logistic import LogisticHead
 from featcache.heads.moments import take_moments
+from featcache.heads.neighbors import _nearest
 from featcache.heads.ridge import RidgeHead
 from featcache.heads.standardize import Standardizer
 
@@ -33,6 +40,12 @@ def blobs(n: int, d: int, k: int, *, seed: int = 0, gap: float = 0.7) -> tuple[A
     X = X * 10.0 ** rng.uniform(-2, 2, size=d) + rng.uniform(-50, 50, size=d)
     X[:, -1] = 0.1
     return X, y
+
+
+def uneven(X: Any, y: Any) -> tuple[Any, Any]:
+    """Of the first class a third of the rows."""
+    rows = np.flatnonzero((y > 0) | (np.cumsum(y == 0) % 3 == 0))
+    return X[rows], y[rows]
 
 
 def folds_of(n: int, n_folds: int = 3) -> Any:
@@ -51,15 +64,22 @@ def test_the_moments_of_a_folds_training_rows_are_those_of_the_rows_themselves()
     X, y = blobs(*MANY)
     fold = folds_of(len(y))
     X[fold != 1, 2] = 7.0  # constant in the training rows of fold 1 and nowhere else
-    moments = take_moments(X, y, n_classes=3, part=np.where(fold < 0, 3, fold), n_parts=4, cross=True)
+    weights = np.array([1.0, 0.5, 4.0])
+    part = np.where(fold < 0, 3, fold)
+    plain = take_moments(X, y, n_classes=3, part=part, n_parts=4, cross=True)
+    weighted = take_moments(X, y, n_classes=3, part=part, n_parts=4, cross=True, weights=weights)
     for f in range(3):
         rows = fold != f
-        some = moments.select(np.arange(4) != f)
+        some, more = (taken.select(np.arange(4) != f) for taken in (plain, weighted))
         standardizer, expected = some.standardizer(), Standardizer.of(X[rows])
         np.testing.assert_allclose(standardizer.mean, expected.mean, rtol=1e-12)
         np.testing.assert_allclose(standardizer.scale, expected.scale, rtol=1e-9)
-        Z = expected.apply(X[rows])
+        np.testing.assert_allclose(more.standardizer().scale, expected.scale, rtol=1e-9)
+        Z, of_row = expected.apply(X[rows]), weights[y[rows]]
         np.testing.assert_allclose(some.standardised_gram(standardizer), Z.T @ Z, atol=1e-8)
+        centred = Z - np.average(Z, axis=0, weights=of_row)
+        by_hand = (centred * of_row[:, None]).T @ centred
+        np.testing.assert_allclose(more.standardised_gram(standardizer), by_hand, atol=1e-8)
         sums = [Z[y[rows] == k].sum(axis=0) for k in range(3)]
         np.testing.assert_allclose(some.standardised_sums(standardizer), sums, atol=1e-8)
 
@@ -67,39 +87,129 @@ def test_the_moments_of_a_folds_training_rows_are_those_of_the_rows_themselves()
 @pytest.mark.parametrize("alpha", [1e-3, 1.0, 1e3])
 def test_ridge_for_many_penalties_is_scikit_learns_for_each(alpha: float) -> None:
     X, y = blobs(*MANY)
-    head = RidgeHead().fit_path(X, y, name="alpha", values=[alpha, 7.0])[0]
+    head = RidgeHead().fit_path(X, y, candidates=[{"alpha": alpha}, {"alpha": 7.0}])[0]
     Z, targets = StandardScaler().fit_transform(X), np.where(y[:, None] == np.arange(3), 1.0, -1.0)
     theirs = Ridge(alpha=alpha, solver="svd").fit(Z, targets)
     np.testing.assert_allclose(head.column_scores(X), theirs.predict(Z), rtol=1e-8, atol=1e-9)
 
 
+SEARCHED: Any = {
+    "logistic": [{"C": C} for C in (0.3, 0.01, 3.0)],
+    "ridge": [{"alpha": alpha} for alpha in (0.3, 0.01, 3.0)],
+    "lda": [{"shrinkage": shrinkage} for shrinkage in (0.3, 0.01, 1.0)],
+    "ncm": [{}],
+    "knn": [{"k": 3}, {"k": 200}, {"k": 1, "T": 0.5}],
+}
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-@pytest.mark.parametrize(("name", "parameter"), [("logistic", "C"), ("ridge", "alpha")])
+@pytest.mark.parametrize("name", SEARCHED)
 @pytest.mark.parametrize("shape", [MANY, FEW])
 def test_the_batched_search_scores_each_row_as_a_head_fitted_without_its_fold(
-    shape: tuple[int, int, int], name: str, parameter: str, dtype: Any
+    shape: tuple[int, int, int], name: str, dtype: Any
 ) -> None:
     X, y = blobs(*shape)
-    X, fold, values = (X / 100).astype(dtype), folds_of(len(y)), [0.3, 0.01, 3.0]
+    X, fold, candidates = (X / 100).astype(dtype), folds_of(len(y)), SEARCHED[name]
     given = {"tol": 1e-12} if name == "logistic" else {}
     head: Any = HEADS[name].load()(**given)
-    path = head.start_search(X, y, fold=fold, n_folds=3, name=parameter)
-    if path is None:  # the ridge has no need of it with few rows
-        assert (name, shape) == ("ridge", FEW)
-        return
-    for value, scores in zip(values, path.scores(values), strict=True):
+    searched = tuple({parameter for values in candidates for parameter in values})
+    path = head.start_search(X, y, fold=fold, n_folds=3, searched=searched)
+    for values, scores in zip(candidates, path.scores(candidates), strict=True):
         for f in range(3):
-            alone = type(head)(value, **given).fit(X[fold != f], y[fold != f])
+            alone = type(head)(**values, **given).fit(X[fold != f], y[fold != f])
             expected = alone.column_scores(X[fold == f])
             np.testing.assert_allclose(scores[fold == f], expected, rtol=1e-4, atol=1e-4)
+    assert list(path.scores([])) == []
+    found, alone = path.fit(candidates[0] | given), type(head)(**candidates[0], **given).fit(X, y)
+    np.testing.assert_allclose(found.column_scores(X), alone.column_scores(X), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("shrinkage", [0.01, 0.4, 1.0])
+@pytest.mark.parametrize(("n", "d", "k"), [MANY, FEW, (40, 1, 2), (50, 6, 2)])
+def test_lda_is_scikit_learns(n: int, d: int, k: int, shrinkage: float, balanced: bool) -> None:
+    X, y = uneven(*blobs(n, d, k))
+    Z = StandardScaler().fit_transform(X)
+    priors = np.full(k, 1 / k) if balanced else None
+    theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage, priors=priors).fit(Z, y)
+    ours = DiscriminantHead(shrinkage, class_weight="balanced" if balanced else None).fit(X, y)
+    np.testing.assert_allclose(ours.predict_proba(X), theirs.predict_proba(Z), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("weight", ["balanced", {0: 3.0, 1: 0.5}])
+@pytest.mark.parametrize("shape", [MANY, FEW])
+def test_weights_of_classes_are_scikit_learns(shape: tuple[int, int, int], weight: Any) -> None:
+    X, y = uneven(*blobs(*shape))
+    Z = StandardScaler().fit_transform(X)
+    ridge = RidgeClassifier(alpha=3.0, class_weight=weight).fit(Z, y)
+    ours = RidgeHead(3.0, class_weight=weight).fit(X, y)
+    np.testing.assert_allclose(ours.column_scores(X), ridge.decision_function(Z), rtol=1e-6, atol=1e-8)
+    exact = LogisticRegression(C=0.3, class_weight=weight, tol=1e-10, max_iter=100_000).fit(Z, y)
+    head = LogisticHead(0.3, class_weight=weight, tol=1e-12).fit(X, y)
+    np.testing.assert_allclose(head.predict_proba(X), exact.predict_proba(Z), atol=2e-4)
+
+
+@pytest.mark.parametrize("shape", [MANY, FEW])
+def test_a_fold_of_the_logistic_search_is_balanced_by_its_own_rows(shape: tuple[int, int, int]) -> None:
+    X, y = uneven(*blobs(*shape))
+    fold = np.where(np.arange(len(y)) % 7 < 3, np.where(y == 0, 1, 0), 1)  # class 0 is rarer without fold 1
+    fold[y == 0] = np.arange(np.sum(y == 0)) % 5 // 4
+    head = LogisticHead(class_weight="balanced", tol=1e-12)
+    path = head.start_search(X, y, fold=fold, n_folds=2, searched=("C",))
+    assert path is not None
+    (scores,) = path.scores([{"C": 0.1}])
+    for f in range(2):
+        alone = clone(head).set_params(C=0.1).fit(X[fold != f], y[fold != f])
+        expected = alone.column_scores(X[fold == f])
+        np.testing.assert_allclose(scores[fold == f], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_float32_cross_products_solve_the_ridge_of_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    X, y = blobs(4000, 60, 5)
+    X = (X + 1000).astype(np.float32)  # a mean far above the deviations
+    expected = RidgeHead(10.0).fit(X.astype(np.float64), y).column_scores(X)
+    monkeypatch.setattr(moments, "FLOAT64_VALUES", 0)
+    monkeypatch.setattr(moments, "CHUNK_VALUES", 30_000)
+    found = RidgeHead(10.0).fit(X, y)
+    np.testing.assert_allclose(found.column_scores(X), expected, atol=2e-5)
+    assert take_moments(X, y, n_classes=5, cross=True).noise > 1e-8  # that float32 was used at all
+    monkeypatch.setattr(moments, "usable_processors", lambda: 1)
+    np.testing.assert_array_equal(RidgeHead(10.0).fit(X, y).coef_, found.coef_)
+
+
+@pytest.mark.parametrize("n", [40, 403, 4096])
+def test_the_nearest_rows_are_found_among_groups(n: int) -> None:
+    similarities = np.random.default_rng(n).normal(size=(30, n)).astype(np.float32)
+    top, found = _nearest(similarities, 7)
+    expected = np.argsort(-similarities, axis=1)[:, :7]
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(top, np.take_along_axis(similarities, expected, axis=1))
+
+
+def test_strengths_that_cannot_win_are_not_refined(monkeypatch: pytest.MonkeyPatch) -> None:
+    X, y = blobs(300, 40, 3, gap=0.15)
+    folds, grid = Folds(fold=folds_of(len(y)), n_folds=3), tuple(10.0**e for e in np.arange(-4, 2.1, 0.5))
+    kind = replace(HEADS["logistic"], grid={"C": grid}, factor=None)
+    evaluations, chosen = [], []
+    for loose in (logistic.LOOSE, 0.0):
+        monkeypatch.setattr(logistic, "LOOSE", loose)
+        path = LogisticHead(tol=1e-6).start_search(X, y, fold=folds.fold, n_folds=3, searched=("C",))
+        list(path.scores([{"C": C} for C in grid]))  # type: ignore[union-attr]
+        evaluations.append(path.problems.evaluations)  # type: ignore[union-attr]
+        chosen.append(select("logistic", kind, {}, rows=TrainingRows(X=X, y=y, folds=folds), seed=0))
+    assert evaluations[0] < 0.8 * evaluations[1]
+    assert chosen[0].params["C"] == chosen[1].params["C"] < 0.1
+    best = chosen[0].best
+    assert best is not None
+    assert all(candidate.nll >= best.nll for candidate in chosen[0].candidates)
 
 
 @pytest.mark.parametrize("shape", [MANY, FEW])
 def test_a_head_from_the_search_is_the_head_fitted_alone(shape: tuple[int, int, int]) -> None:
     X, y = blobs(*shape)
-    path = LogisticHead(tol=1e-12).start_search(X, y, fold=folds_of(len(y)), n_folds=3, name="C")
+    path = LogisticHead(tol=1e-12).start_search(X, y, fold=folds_of(len(y)), n_folds=3, searched=("C",))
     assert path is not None
-    list(path.scores([0.01, 0.1]))
+    list(path.scores([{"C": 0.01}, {"C": 0.1}]))
     for C in (0.1, 0.5):  # one that was searched, one that was not
         found, alone = path.fit({"C": C, "tol": 1e-12}), LogisticHead(C=C, tol=1e-12).fit(X, y)
         np.testing.assert_allclose(found.column_scores(X), alone.column_scores(X), rtol=1e-4, atol=1e-4)
@@ -113,9 +223,8 @@ def test_the_search_chooses_what_the_fold_by_fold_path_chooses(
     folds = Folds(fold=folds_of(len(y)), n_folds=3)
 
     def choose() -> Any:
-        return select(
-            name, HEADS[name], {"tol": 1e-9} if name == "logistic" else {}, X=X, y=y, folds=folds, seed=0
-        )
+        given = {"tol": 1e-9} if name == "logistic" else {}
+        return select(name, HEADS[name], given, rows=TrainingRows(X=X, y=y, folds=folds), seed=0)
 
     batched = choose()
     assert batched.refit is not None
@@ -124,14 +233,15 @@ def test_the_search_chooses_what_the_fold_by_fold_path_chooses(
     assert alone.refit is None
     assert batched.params == pytest.approx(alone.params, rel=1e-3)
     for one, other in zip(batched.candidates, alone.candidates, strict=True):
-        assert (one.value, one.nll) == pytest.approx((other.value, other.nll), rel=1e-4)
+        assert one.values == other.values
+        assert one.nll == pytest.approx(other.nll, rel=1e-4)
 
 
 def test_a_fold_that_misses_a_class_is_left_to_the_general_way() -> None:
     X, y = blobs(*MANY)
     fold = np.where(y == 0, 0, 1)
     for head, name in ((LogisticHead(), "C"), (RidgeHead(), "alpha")):
-        assert head.start_search(X, y, fold=fold, n_folds=2, name=name) is None
+        assert head.start_search(X, y, fold=fold, n_folds=2, searched=(name,)) is None
 
 
 def test_float32_products_reach_the_optimum_of_float64(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +249,7 @@ def test_float32_products_reach_the_optimum_of_float64(monkeypatch: pytest.Monke
     exact = LogisticRegression(C=0.3, tol=1e-10, max_iter=100_000).fit(StandardScaler().fit_transform(X), y)
     logits = exact.decision_function(StandardScaler().fit_transform(X))
     best = 0.5 * np.sum(exact.coef_**2) + 0.3 * len(y) * log_loss(logits, y)
-    monkeypatch.setattr(logistic, "FLOAT64_VALUES", 0)
+    monkeypatch.setattr(training, "FLOAT64_VALUES", 0)
     head = LogisticHead(C=0.3).fit(X, y)
     assert head.converged_
     assert head.objective_ == pytest.approx(best, rel=1e-5)
@@ -152,11 +262,12 @@ def test_float32_products_reach_the_optimum_of_float64(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("shape", [MANY, FEW])
 def test_two_searches_give_the_same_bytes(shape: tuple[int, int, int]) -> None:
     X, y = blobs(*shape)
-    tables = [
-        [scores.tobytes() for scores in LogisticHead(tol=1e-5)
-         .start_search(X, y, fold=folds_of(len(y)), n_folds=3, name="C").scores([0.1, 1.0])]  # type: ignore[union-attr]
-        for _ in range(2)
-    ]  # fmt: skip
+    tables = []
+    for _ in range(2):
+        head, folds = LogisticHead(tol=1e-5), folds_of(len(y))
+        path = head.start_search(X, y, fold=folds, n_folds=3, searched=("C",))
+        assert path is not None
+        tables.append([scores.tobytes() for scores in path.scores([{"C": 0.1}, {"C": 1.0}])])
     assert tables[0] == tables[1]
 
 
@@ -196,17 +307,17 @@ def test_features_on_disk_are_never_copied_whole(
     fold = np.arange(n) // 3 % 3
     X = np.memmap(tmp_path / "X", dtype=np.float16, mode="w+", shape=(n, d))
     X[:] = rng.normal(size=(n, d)).astype(np.float16) + (y == 0)[:, None] * 0.1
-    for module in ("logistic", "moments", "closed", "softmax"):
+    for module in ("training", "moments", "closed", "softmax"):
         for name in ("BLOCK_VALUES", "CHUNK_VALUES", "TILE_VALUES"):
             monkeypatch.setattr(f"featcache.heads.{module}.{name}", 100_000, raising=False)
-    monkeypatch.setattr(logistic, "CACHE_BYTES", 0)
+    monkeypatch.setattr(training, "CACHE_BYTES", 0)
     head: Any = RidgeHead() if "ridge" in job else LogisticHead(C=1e-3, tol=1e-3)
     tracemalloc.start()
     try:
         if "path" in job:
             name = "alpha" if "ridge" in job else "C"
-            path = head.start_search(X, y, fold=fold, n_folds=3, name=name)
-            for _ in path.scores([1e-3]):
+            path = head.start_search(X, y, fold=fold, n_folds=3, searched=(name,))
+            for _ in path.scores([{name: 1e-3}]):
                 pass
         else:
             head.fit(X, y)
@@ -223,7 +334,7 @@ def test_a_sweep_over_random_labels_leaves_the_score_at_chance() -> None:
 
     from gaussians import gaussian_features
 
-    from featcache.commands.fit import fit_features
+    from featcache.fitting import fit_features
 
     right = total = chosen_right = 0.0
     for seed in range(6):

@@ -5,7 +5,7 @@ Exit codes: 0 done, 1 a known failure (one line on stderr), 2 wrong usage, 3 don
 listed in the order in which their modules are imported here.
 """
 
-from featcache.cli import embedding, heads, models, stores, others  # noqa: F401, I001
+from featcache.cli import embedding, heads, compare, models, tuning, shipping, stores, others  # noqa: F401, I001
 from featcache.cli.group import main
 
 __all__ = ["main"]

@@ -15,6 +15,16 @@ from featcache.cli.options import (
 )
 
 
+def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...]:
+    try:
+        found = tuple(int(part) for part in value.split(",")) if value else ()
+    except ValueError:
+        found = (0,)
+    if any(number < 1 for number in found):
+        raise click.BadParameter(f"{value!r} is not a list of numbers from 1, such as 1,2,4,8,16.")
+    return found
+
+
 @main.command(short_help="Choose, fit and score a head on cached features.")
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option(
@@ -22,14 +32,53 @@ from featcache.cli.options import (
     help="The model file to write; the report goes to MODEL.json beside it.",
 )  # fmt: skip
 @click.option(
-    "--head", default="logistic", show_default=True, metavar="NAME",
-    help="logistic, ridge, knn, ncm, linear, or sklearn:CLASS for any scikit-learn classifier.",
+    "--head", default="auto", show_default=True, metavar="NAME",
+    help="auto: heads compete. Or one: ncm, lda, ridge, logistic, linear, knn, mlp, or sklearn:CLASS for any "
+    "scikit-learn classifier.",
+)  # fmt: skip
+@click.option(
+    "--budget", type=click.FloatRange(0, min_open=True), default=60.0, show_default=True, metavar="SECONDS",
+    help="Of the competition: heads that would take longer are left out, and named.",
 )  # fmt: skip
 @click.option(
     "--param", "params", multiple=True, metavar="KEY=VALUE",
-    help="A parameter of the head; repeatable. Giving the one that is searched ends the search.",
+    help="A parameter of the head; repeatable. Giving one that is searched ends its search.",
 )  # fmt: skip
-@click.option("--node", metavar="KEY", help="The node of the store to use; by default its first.")
+@click.option(
+    "--node", multiple=True, metavar="KEY",
+    help="The node of the store to use; repeatable, vectors are put one after the other. Default: its first.",
+)  # fmt: skip
+@click.option(
+    "--nodes", type=click.Choice(["auto", "all"]),
+    help="All nodes of the store, or those that cross-validation on the training rows chooses.",
+)  # fmt: skip
+@click.option(
+    "--class-weight", type=click.Choice(["balanced"]),
+    help="Let every class count alike, however many images it has.",
+)  # fmt: skip
+@click.option(
+    "--logit-adjustment", type=click.FloatRange(0, min_open=True), metavar="TAU",
+    help="Lower the score of a class by TAU times the logarithm of its share of the training rows.",
+)  # fmt: skip
+@click.option(
+    "--group-by", metavar="folder|folder:N|FILE.csv:COLUMN|similar[:COSINE]",
+    help="Images of a group, such as a series or near-copies, stay on one side of every split.",
+)  # fmt: skip
+@click.option(
+    "--precision", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="SHARE",
+    help="Say from which probability on answers are right that often.",
+)  # fmt: skip
+@click.option(
+    "--shots", callback=_numbers, metavar="N,N,…",
+    help="Also say how accurate the head is with so many labelled images a class.",
+)  # fmt: skip
+@click.option(
+    "--tries", type=click.IntRange(1), default=10, show_default=True, help="Drawings for each of --shots."
+)
+@click.option(
+    "--curve/--no-curve", default=None,
+    help="Fit on parts of the training rows, too, to see whether more would help. Default: where quick.",
+)  # fmt: skip
 @click.option(
     "--no-check", "check", is_flag=True, flag_value=False, default=True,
     help="Do not compare the store with its checksums first.",
@@ -40,8 +89,8 @@ from featcache.cli.options import (
 def fit(store: Path, *, as_json: bool, quiet: bool, params: tuple[str, ...], **options: Any) -> None:
     """Choose and fit a head on the cached features of STORE, and score it once on held-out images.
 
-    The regularisation is chosen by cross-validation on the training rows. The test split is scored, or val
-    where there is no test; without splits a fifth of the images is held out by the hash of their bytes.
+    Everything is chosen by cross-validation on the training rows. The test split is scored, or val where
+    there is no test; without splits a fifth of the images is held out by the hash of their bytes.
     """
     from featcache.commands.fit import fit as run
     from featcache.progress import make_progress

@@ -1,7 +1,10 @@
-"""`predict`."""
+"""`evaluate` and `predict`."""
 
 from __future__ import annotations
 
+import errno
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,76 @@ from featcache.cli.options import (
     json_option,
     moved_weights_option,
     quiet_option,
+    root_option,
+    seed_option,
     workers_option,
 )
+from featcache.errors import FeatcacheError
+
+engine_option = click.option(
+    "--engine", type=click.Choice(["auto", "torch-eager", "torch-compiled", "onnx"]), default="auto",
+    show_default=True, help="What runs the backbone. auto: for a long run, the fastest that proves itself.",
+)  # fmt: skip
+
+
+views_option = click.option(
+    "--views", type=click.IntRange(1, 1000), default=1, show_default=True, metavar="K",
+    help="Average over the plain picture of each image and K - 1 augmented ones.",
+)  # fmt: skip
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("data", type=click.Path(path_type=Path), metavar="DATA_OR_STORE")
+@click.option(
+    "--split",
+    type=click.Choice(["test", "val", "train", "all"]),
+    help="The rows that are scored. Default: test where there is one, else val, else all.",
+)
+@click.option(
+    "--abstain-below",
+    type=click.FloatRange(0, 1),
+    metavar="P",
+    help="Also say how often, and how rightly, answers of at least this probability are given.",
+)
+@click.option(
+    "--csv",
+    "csv_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write path,label,predicted,probability,correct of every image.",
+)
+@views_option
+@json_option
+@moved_weights_option
+@allowed_backbone_option
+@root_option
+@follow_links_option
+@seed_option
+@device_option
+@engine_option
+@batch_size_option
+@workers_option
+@quiet_option
+@click.pass_context
+def evaluate(
+    ctx: click.Context, /, model: Path, data: Path, *, as_json: bool, quiet: bool, **options: Any
+) -> None:
+    """Score a fitted MODEL on labelled images, or on a store of their features.
+
+    Images are a folder or a CSV, as embed takes them, and are embedded on the way. A store must hold the
+    features that the model was fitted on. Classes are compared by name. Exit code 3: done, but some images
+    could not be read.
+    """
+    from featcache.commands.evaluate import evaluate_model
+    from featcache.images.decode import silence_pillow_warnings
+    from featcache.progress import make_progress
+
+    silence_pillow_warnings()
+    result = evaluate_model(model, data, progress=make_progress(quiet=quiet), **options)
+    emit(result, as_json=as_json)
+    if result.failed:
+        ctx.exit(DONE_WITH_SKIPS)
 
 
 @main.command()
@@ -28,12 +99,30 @@ from featcache.cli.options import (
 @click.option(
     "--top-k", type=click.IntRange(1), default=5, show_default=True, help="Classes listed per image."
 )
+@click.option(
+    "--views",
+    type=click.IntRange(1, 1000),
+    default=1,
+    show_default=True,
+    metavar="K",
+    help="Average over the plain picture of each image and K - 1 augmented ones.",
+)
+@click.option(
+    "--abstain-below",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    metavar="P",
+    help="Give no label to an image whose most probable class is less probable.",
+)
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV: path,label,probability,error.")
 @json_option
+@click.option("--jsonl", "as_jsonl", is_flag=True, help="Print a JSON object a line, whole at any moment.")
 @moved_weights_option
 @allowed_backbone_option
 @follow_links_option
+@seed_option
 @device_option
+@engine_option
 @batch_size_option
 @workers_option
 @quiet_option
@@ -45,6 +134,7 @@ def predict(
     images: tuple[Path, ...],
     *,
     as_json: bool,
+    as_jsonl: bool,
     as_csv: bool,
     quiet: bool,
     **options: Any,
@@ -52,19 +142,42 @@ def predict(
     """Predict the class of images with a fitted MODEL.
 
     Images are preprocessed as the model's store was, and embedded by the same backbone with the same
-    weights, or refused. Exit code 3: done, but some images could not be read.
+    weights, or refused. Answers are printed as they come. Exit code 3: done, but some images could not be
+    read.
     """
-    from featcache.commands.predict import predict as run
+    from featcache.commands import predict as verb
     from featcache.images.decode import silence_pillow_warnings
     from featcache.progress import make_progress
 
     silence_pillow_warnings()
-    if as_json and as_csv:
-        raise click.UsageError("--json and --csv exclude each other.")
-    result = run(model, images, progress=make_progress(quiet=quiet), **options)
+    if as_json + as_jsonl + as_csv > 1:
+        raise click.UsageError("--json, --jsonl and --csv exclude one another.")
+    # On a terminal the answers are the progress.
+    progress = make_progress(quiet=quiet or sys.stdout.isatty())
+    stream = verb.iter_predictions(model, images, progress=progress, **options)
     if as_csv:
-        click.echo(result.to_csv(), nl=False)
+        _write_pieces(verb.csv_lines(stream))
+    elif as_json:
+        _write_pieces(verb.json_list(stream))
+    elif as_jsonl:
+        _write_pieces(verb.json_lines(stream))
     else:
-        emit(result, as_json=as_json)
-    if result.failed:
+        _write_pieces(verb.text_lines(stream, width=stream.width))
+    for note in stream.notes:
+        click.echo(note, err=as_json or as_jsonl or as_csv)
+    if stream.failed:
         ctx.exit(DONE_WITH_SKIPS)
+
+
+def _write_pieces(pieces: Iterable[str]) -> None:
+    """Print pieces of text as they come; FeatcacheError where there is no room for one."""
+    for number, piece in enumerate(pieces):
+        try:
+            click.echo(piece, nl=False)
+        except OSError as exc:
+            if exc.errno == errno.EPIPE:
+                raise  # click ends quietly when nobody reads on
+            raise FeatcacheError(
+                f"the answer cannot be written beyond line {number:,}: {exc.strerror}. "
+                "Say where to with `> FILE`."
+            ) from exc

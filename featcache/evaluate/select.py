@@ -1,11 +1,13 @@
-"""Choosing a head's parameter by cross-validation on the training rows.
+"""Choosing a head's parameters by cross-validation on the training rows.
 
-Never sees a test row. Candidates are compared by mean log-loss, which is less noisy than accuracy where
-few rows decide; k nearest neighbours by accuracy, since their votes are not probabilities one would tune.
+Never sees a test row. Candidates are compared by mean log-loss after the temperature that suits each, which
+is less noisy than accuracy where few rows decide; k nearest neighbours by accuracy, since their votes are
+not probabilities one would tune.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,42 +29,83 @@ if TYPE_CHECKING:
     from featcache.heads.base import Head
 
 MAX_EXTENSIONS = 8  # candidates a grid may grow by
+WORTH = 0.01  # standard errors that the last step to an edge must have gained for another one
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One value of the searched parameter and its scores, means over folds. Lower nll is better."""
+    """Values of the searched parameters and their scores, means over the rows held out; low nll is good."""
 
-    value: float
+    values: Mapping[str, Any]
     nll: float
-    nll_se: float  # standard error of the mean over folds
+    nll_se: float  # standard error of the mean, from the folds
     accuracy: float
     accuracy_se: float
+    temperature: float
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        only = {"value": next(iter(self.values.values()))} if len(self.values) == 1 else {}
+        return {**only, **asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OutOfFold:
+    """What the chosen candidate says of M training rows by heads that were fitted without them.
+
+    rows: (M,), ascending indices into the training rows. y: (M,). fold: (M,). probabilities: (M, K), after
+    the temperature. losses: (M,), nats. weights: (M,), with a mean of 1.
+    """
+
+    rows: NDArray[np.int64]
+    y: NDArray[np.int64]
+    fold: NDArray[np.int64]
+    probabilities: NDArray[np.float64]
+    losses: NDArray[np.float64]
+    weights: NDArray[np.float64]
+
+    @property
+    def hits(self) -> NDArray[np.float64]:
+        """(M,), 1 where the most probable class is the true one, else 0."""
+        right: NDArray[np.float64] = (self.probabilities.argmax(axis=1) == self.y).astype(np.float64)
+        return right
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
     """What cross-validation chose.
 
-    `params` are the parameters to fit with: those given, the chosen one and the temperature.
+    `params` are the parameters to fit with: those given, the chosen ones and the temperature. `candidates`
+    are what was compared, none where nothing was searched; `best` is the chosen one, None without folds.
     """
 
     params: dict[str, Any]
     candidates: tuple[Candidate, ...]
     criterion: str
     n_folds: int
+    best: Candidate | None = None
     notes: tuple[str, ...] = ()
     refit: Callable[[Mapping[str, Any]], Head] | None = field(default=None, compare=False, repr=False)
     """Fits the head on all rows with these parameters, from what the search holds; None: fit it as usual."""
+    out_of_fold: OutOfFold | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Scored:
-    candidate: Candidate
-    temperature: float
+class TrainingRows:
+    """What a search may see.
+
+    X: ndarray of shape (n_samples, n_features). y: (n_samples,), 0 … n_classes - 1, all of them present.
+    views: augmented vectors of the same rows. weights: (n_samples,) of the losses, with a mean of 1.
+    """
+
+    X: NDArray[Any]
+    y: NDArray[np.int64]
+    folds: Folds
+    views: Sequence[NDArray[Any]] = ()
+    weights: NDArray[np.float64] | None = None
+
+    @property
+    def n_classes(self) -> int:
+        return int(self.y.max()) + 1
 
 
 def select(
@@ -70,42 +113,37 @@ def select(
     kind: HeadKind,
     params: Mapping[str, Any],
     *,
-    X: NDArray[Any],
-    y: NDArray[np.int64],
-    folds: Folds,
+    rows: TrainingRows,
     seed: int,
     progress: Progress | None = None,
 ) -> Selection:
-    """Choose `kind.searched` over its grid, unless `params` gives it, and the temperature if it needs one.
+    """Choose what is in `kind.searched`, but for what `params` gives, and the temperature.
 
-    X: ndarray of shape (n_samples, n_features). y: (n_samples,), 0 … n_classes - 1, all of them present.
-    A grid with a `factor` grows while its best value is on an edge. Ties go to the stronger regularisation.
+    A grid with a `factor` grows while its best value is on an edge, then gets a value between its best two.
+    Ties go to the stronger regularisation.
     """
     given = dict(params)
-    searched = None if kind.searched in given else kind.searched
-    needs_temperature = kind.calibrated and "temperature" not in given
-    if searched is None and not needs_temperature:
-        return Selection(params=given, candidates=(), criterion=kind.criterion, n_folds=0)
-    if not folds.n_folds:
-        if searched is not None:
-            given[searched] = kind.grid[len(kind.grid) // 2]
+    searched = tuple(parameter for parameter in kind.searched if parameter not in given)
+    if not rows.folds.n_folds:
+        given |= {parameter: kind.grid[parameter][len(kind.grid[parameter]) // 2] for parameter in searched}
         note = "every class has a single image: nothing could be held out, so nothing was chosen"
         return Selection(params=given, candidates=(), criterion=kind.criterion, n_folds=0, notes=(note,))
-    search = _Search(name, kind, given, searched, X, y, folds, seed, progress or SilentProgress())
+    search = _Search(name, kind, given, searched, rows, seed, progress or SilentProgress())
     best = search.run()
-    if searched is not None:
-        given[searched] = best.candidate.value
-    if needs_temperature:
-        given["temperature"] = best.temperature
-    candidates = tuple(scored.candidate for scored in search.scored()) if searched else ()
     return Selection(
-        params=given,
-        candidates=candidates,
+        params={**given, **best.values, "temperature": best.temperature},
+        candidates=tuple(search.scored()) if searched else (),
+        best=best,
         criterion=kind.criterion,
-        n_folds=folds.n_folds,
+        n_folds=rows.folds.n_folds,
         notes=search.notes(best),
         refit=search.path.fit if search.path else None,
+        out_of_fold=search.kept[_key(best.values)],
     )
+
+
+def _key(values: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(values.values())
 
 
 class _Search:
@@ -114,94 +152,131 @@ class _Search:
         name: str,
         kind: HeadKind,
         params: Mapping[str, Any],
-        searched: str | None,
-        X: NDArray[Any],
-        y: NDArray[np.int64],
-        folds: Folds,
+        searched: tuple[str, ...],
+        rows: TrainingRows,
         seed: int,
         progress: Progress,
     ) -> None:
         self.name, self.kind, self.params, self.searched = name, kind, params, searched
-        self.X, self.y, self.folds, self.seed, self.progress = X, y, folds, seed, progress
-        self.n_classes = int(y.max()) + 1
-        self.found: dict[float, _Scored] = {}
+        self.rows, self.folds, self.seed, self.progress = rows, rows.folds, seed, progress
+        self.views = {"views": rows.views} if kind.uses_views and rows.views else {}
+        self.found: dict[tuple[Any, ...], Candidate] = {}
+        self.kept: dict[tuple[Any, ...], OutOfFold] = {}  # of the best so far alone
         with self._one_line():
-            self.path = self._head().start_search(X, y, fold=folds.fold, n_folds=folds.n_folds, name=searched)
+            self.path = self._head().start_search(
+                rows.X,
+                rows.y,
+                fold=self.folds.fold,
+                n_folds=self.folds.n_folds,
+                searched=searched,
+                **self.views,
+            )
 
-    def run(self) -> _Scored:
-        """Score the grid, and what it grows by, and return the best."""
-        if self.searched is None:
-            self._score([math.nan])
-            return next(iter(self.found.values()))
-        self._score(self._first_grid())
+    def run(self) -> Candidate:
+        """Score the grid, what it grows by and a half step at last, and return the best."""
+        grids = [self._first_values(parameter) for parameter in self.searched]
+        self._score([dict(zip(self.searched, values, strict=True)) for values in itertools.product(*grids)])
         for _ in range(MAX_EXTENSIONS):
             beyond = self._beyond_edge(self.best())
             if beyond is None:
                 break
             self._score([beyond])
+        between = self._half_step(self.best())
+        if between is not None:
+            self._score([between])
         return self.best()
 
-    def best(self) -> _Scored:
+    def best(self) -> Candidate:
         """The best candidate; of equals, the one that regularises more."""
-        sign = 1 if self.kind.strong_end == "low" else -1
-        return min(self.scored(), key=lambda s: (self._cost(s), sign * s.candidate.value))
+        return min(self.scored(), key=self._rank)
 
-    def scored(self) -> list[_Scored]:
-        """All that was scored, by ascending value."""
-        return [self.found[value] for value in sorted(self.found)]
+    def scored(self) -> list[Candidate]:
+        """All that was scored, by ascending values."""
+        return [self.found[values] for values in sorted(self.found)]
 
-    def notes(self, best: _Scored) -> tuple[str, ...]:
-        if self.searched is None or self._beyond_edge(best) is None:
+    def notes(self, best: Candidate) -> tuple[str, ...]:
+        if self._beyond_edge(best) is None:
             return ()
-        return (f"{self.searched} = {best.candidate.value:g} is on the edge of what was searched",)
+        (parameter,) = self.searched
+        return (f"{parameter} = {best.values[parameter]:g} is on the edge of what was searched",)
 
-    def _cost(self, scored: _Scored) -> float:
-        return scored.candidate.nll if self.kind.criterion == "nll" else -scored.candidate.accuracy
+    def _rank(self, candidate: Candidate) -> tuple[float, ...]:
+        cost = candidate.nll if self.kind.criterion == "nll" else -candidate.accuracy
+        weak = [
+            -value if self.kind.strong_end.get(parameter) == "high" else value
+            for parameter, value in candidate.values.items()
+        ]
+        return (cost, *weak)
 
-    def _first_grid(self) -> Sequence[float]:
+    def _first_values(self, parameter: str) -> Sequence[float]:
         """The grid; whole numbers stop at the rows that the smallest training part has."""
-        if all(isinstance(value, float) for value in self.kind.grid):
-            return self.kind.grid
+        grid = self.kind.grid[parameter]
+        if all(isinstance(value, float) for value in grid):
+            return grid
         held = np.bincount(self.folds.fold[self.folds.held_out])
-        most = len(self.y) - int(held.max())
-        return sorted({min(value, most) for value in self.kind.grid})
+        most = len(self.rows.y) - int(held.max())
+        return sorted({min(value, most) for value in grid})
 
-    def _beyond_edge(self, best: _Scored) -> float | None:
+    def _beyond_edge(self, best: Candidate) -> dict[str, float] | None:
         """The value next to the best where that is the lowest or the highest so far and the grid grows."""
-        values, value = sorted(self.found), best.candidate.value
-        if self.kind.factor is None or value not in (values[0], values[-1]):
+        if self.kind.factor is None or len(self.searched) != 1:
             return None
-        return value / self.kind.factor if value == values[0] else value * self.kind.factor
+        (parameter,) = self.searched
+        values, value = sorted(values[0] for values in self.found), best.values[parameter]
+        if value not in (values[0], values[-1]):
+            return None
+        beside = self.found[(values[1] if value == values[0] else values[-2],)]
+        if beside.nll - best.nll < WORTH * best.nll_se:
+            return None  # so flat that what lies beyond is as good
+        return {parameter: value / self.kind.factor if value == values[0] else value * self.kind.factor}
 
-    def _score(self, values: Sequence[float]) -> None:
-        """Score every value on the rows that each fold holds out, by heads fitted without them."""
+    def _half_step(self, best: Candidate) -> dict[str, float] | None:
+        """The value halfway, by its logarithm, from the best to its better neighbour."""
+        if self.kind.factor is None or len(self.searched) != 1:
+            return None
+        (parameter,) = self.searched
+        values, value = sorted(values[0] for values in self.found), best.values[parameter]
+        if value in (values[0], values[-1]):
+            return None  # what is beyond is as good, or was not to be searched
+        at = values.index(value)
+        beside = [self.found[(values[i],)] for i in (at - 1, at + 1)]
+        other = min(beside, key=lambda candidate: candidate.nll)
+        if other.nll - best.nll < WORTH * best.nll_se:
+            return None
+        return {parameter: math.sqrt(value * other.values[parameter])}
+
+    def _score(self, candidates: Sequence[Mapping[str, Any]]) -> None:
+        """Score every candidate on the rows that each fold holds out, by heads fitted without them."""
         with self._one_line():
-            for value, table in zip(values, self._tables(values), strict=True):
-                self.found[value] = self._judge(value, table)
+            for values, table in zip(candidates, self._tables(candidates), strict=True):
+                candidate, predictions = self._judge(values, table)
+                self.found[_key(values)] = candidate
+                if self.best() is candidate:
+                    self.kept = {_key(values): predictions}
 
-    def _tables(self, values: Sequence[float]) -> Iterator[NDArray[Any]]:
-        """The scores (N, K) of each value."""
-        label = f"choosing {self.searched}" if self.searched else "calibrating"
+    def _tables(self, candidates: Sequence[Mapping[str, Any]]) -> Iterator[NDArray[Any]]:
+        """The scores (N, K) of each candidate."""
+        label = f"choosing {' and '.join(self.searched)} of {self.name}" if self.searched else "calibrating"
         if self.path is None:
-            yield from self._fold_by_fold(values, label)
+            yield from self._fold_by_fold(candidates, label)
             return
-        self.progress.start(label, total=len(values), unit="candidates")
-        for table in self.path.scores(values):
+        self.progress.start(label, total=len(candidates), unit="candidates")
+        for table in self.path.scores(candidates):
             self.progress.advance(1)
             yield table
         self.progress.finish()
 
-    def _fold_by_fold(self, values: Sequence[float], label: str) -> NDArray[np.float64]:
+    def _fold_by_fold(self, candidates: Sequence[Mapping[str, Any]], label: str) -> NDArray[np.float64]:
         """(V, N, K), of a head fitted anew for every fold."""
         self.progress.start(label, total=self.folds.n_folds, unit="folds")
-        shape = (len(values), len(self.y), self.n_classes)
+        shape = (len(candidates), len(self.rows.y), self.rows.n_classes)
         scores = np.full(shape, -np.inf)  # a class that a fold does not know stays at -inf
         for fold in range(self.folds.n_folds):
             held = self.folds.fold == fold
-            heads = self._fit_fold(~held, values)
+            heads = self._fit_fold(~held, candidates)
             for index, head in enumerate(heads):
                 columns = np.ix_(np.flatnonzero(held), head.classes_)
-                scores[index][columns] = head.column_scores(self.X[held])
+                scores[index][columns] = head.column_scores(self.rows.X[held])
             self.progress.advance(1)
         self.progress.finish()
         return scores
@@ -209,11 +284,10 @@ class _Search:
     def _head(self) -> Head:
         return build_head(self.name, {**self.kind.search_params, **self.params}, seed=self.seed)
 
-    def _fit_fold(self, rows: NDArray[np.bool_], values: Sequence[float]) -> Sequence[Head]:
-        X, y = self.X[rows], self.y[rows]
-        if self.searched is None:
-            return [self._head().fit(X, y)]
-        return self._head().fit_path(X, y, name=self.searched, values=values)
+    def _fit_fold(self, fitted: NDArray[np.bool_], candidates: Sequence[Mapping[str, Any]]) -> Sequence[Head]:
+        views = {name: [view[fitted] for view in views] for name, views in self.views.items()}
+        X, y = self.rows.X[fitted], self.rows.y[fitted]
+        return self._head().fit_path(X, y, candidates=candidates, **views)
 
     @contextmanager
     def _one_line(self) -> Iterator[None]:
@@ -221,27 +295,39 @@ class _Search:
         try:
             yield
         except ValueError as error:
-            raise HeadError(f"{self.name} cannot be fitted: {error}") from error
+            raise HeadError(f"{self.name} cannot be fitted: {' '.join(str(error).split())}") from error
 
-    def _judge(self, value: float, scores: NDArray[Any]) -> _Scored:
+    def _judge(self, values: Mapping[str, Any], scores: NDArray[Any]) -> tuple[Candidate, OutOfFold]:
         """Scores of every held-out row, (N, K), to means and standard errors over the folds."""
-        held = self.folds.held_out
-        scores, y, fold = scores[held].astype(np.float64), self.y[held], self.folds.fold[held]
-        temperature = self.params.get("temperature", 1.0)
-        if self.kind.calibrated and "temperature" not in self.params:
-            temperature = fit_temperature(scores, y)
-        losses = log_losses(y, softmax(scores / temperature, axis=1))
+        held = np.flatnonzero(self.folds.held_out)
+        scores, y, fold = scores[held].astype(np.float64), self.rows.y[held], self.folds.fold[held]
+        weights = np.ones(len(held)) if self.rows.weights is None else self.rows.weights[held]
+        weights = weights / weights.mean()
+        temperature = self.params.get("temperature")
+        if temperature is None:
+            temperature = fit_temperature(scores, y, weights=weights)
+        probabilities = softmax(scores / temperature, axis=1)
+        losses = log_losses(y, probabilities)
         hits = (scores.argmax(axis=1) == y).astype(np.float64)
-        nll, nll_se = _mean_over_folds(losses, fold, self.folds.n_folds)
-        accuracy, accuracy_se = _mean_over_folds(hits, fold, self.folds.n_folds)
-        candidate = Candidate(value=value, nll=nll, nll_se=nll_se, accuracy=accuracy, accuracy_se=accuracy_se)
-        return _Scored(candidate=candidate, temperature=temperature)
+        nll, nll_se = _mean_over_folds(losses, weights, fold)
+        accuracy, accuracy_se = _mean_over_folds(hits, weights, fold)
+        candidate = Candidate(
+            values=dict(values),
+            nll=nll,
+            nll_se=nll_se,
+            accuracy=accuracy,
+            accuracy_se=accuracy_se,
+            temperature=temperature,
+        )
+        return candidate, OutOfFold(
+            rows=held, y=y, fold=fold, probabilities=probabilities, losses=losses, weights=weights
+        )
 
 
 def _mean_over_folds(
-    values: NDArray[np.float64], fold: NDArray[np.int64], n_folds: int
+    values: NDArray[np.float64], weights: NDArray[np.float64], fold: NDArray[np.int64]
 ) -> tuple[float, float]:
     """The mean over all rows, and the standard error of the folds' means."""
-    means = [values[fold == k].mean() for k in range(n_folds) if np.any(fold == k)]
+    means = [np.average(values[fold == k], weights=weights[fold == k]) for k in np.unique(fold)]
     error = np.std(means, ddof=1) / math.sqrt(len(means)) if len(means) > 1 else math.nan
-    return float(values.mean()), float(error)
+    return float(np.average(values, weights=weights)), float(error)

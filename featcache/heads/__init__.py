@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from featcache.errors import HeadError
+from featcache.heads.entry import Entry, all_pairs, class_means, closed_form, minibatches, softmax_path
 from featcache.heads.parameters import nearest, require_known
 
 if TYPE_CHECKING:
@@ -34,16 +35,21 @@ class HeadKind:
     class_name: str
     summary: str
     arrays: Mapping[str, tuple[str, ...]]
-    searched: str | None = None  # the parameter that cross-validation chooses
-    grid: tuple[float, ...] = ()  # its first candidates, ascending
+    searched: tuple[str, ...] = ()  # the parameters that cross-validation chooses
+    # Their first values, ascending; candidates are all combinations.
+    grid: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     search_params: Mapping[str, Any] = field(
         default_factory=dict
     )  # others while searching, unless the user's
-    factor: float | None = None  # the grid grows by this factor while its edge is best; None: it stays
-    strong_end: Literal["low", "high"] = "low"  # which values regularise more: these win ties
+    # Where one parameter is searched, its grid grows by this factor while its edge is best; None: it stays.
+    factor: float | None = None
+    # Which values of a searched parameter regularise more, where it is not the low ones: these win ties.
+    strong_end: Mapping[str, Literal["low", "high"]] = field(default_factory=dict)
     criterion: Literal["nll", "accuracy"] = "nll"  # what the candidates are compared by
-    calibrated: bool = False  # probabilities need a temperature fitted on held-out scores
+    weighted: bool = False  # has the parameter `class_weight`
+    uses_views: bool = False  # `fit` and `start_search` take augmented feature vectors of the rows
     seeded: bool = False  # takes the seed of the run
+    entry: Entry | None = None  # in the competition of `--head auto`; None: it takes no part
 
     def load(self) -> type[Head]:
         """The class, imported now."""
@@ -63,10 +69,12 @@ HEADS: Mapping[str, HeadKind] = {
             class_name="LogisticHead",
             summary="multinomial logistic regression",
             arrays=LINEAR_ARRAYS,
-            searched="C",
-            grid=tuple(10.0**e for e in (-4, -3.5, -3, -2.5, -2, -1.5, -1, -0.5, 0)),
+            searched=("C",),
+            grid={"C": tuple(10.0**e for e in (-4, -3.5, -3, -2.5, -2, -1.5, -1, -0.5, 0))},
             factor=10**0.5,
             search_params={"tol": 1e-5},
+            weighted=True,
+            entry=Entry(simplicity=4, operations=softmax_path),
         ),
         HeadKind(
             name="ridge",
@@ -74,11 +82,24 @@ HEADS: Mapping[str, HeadKind] = {
             class_name="RidgeHead",
             summary="least squares on one-vs-rest targets, closed form",
             arrays=LINEAR_ARRAYS,
-            searched="alpha",
-            grid=tuple(10.0**e for e in (1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5)),
+            searched=("alpha",),
+            grid={"alpha": tuple(10.0**e for e in (1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5))},
             factor=10**0.5,
-            strong_end="high",
-            calibrated=True,
+            strong_end={"alpha": "high"},
+            weighted=True,
+            entry=Entry(simplicity=3, operations=closed_form),
+        ),
+        HeadKind(
+            name="lda",
+            module="featcache.heads.lda",
+            class_name="DiscriminantHead",
+            summary="linear discriminant analysis with a shrunk covariance, closed form",
+            arrays=LINEAR_ARRAYS,
+            searched=("shrinkage",),
+            grid={"shrinkage": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.6, 0.9)},
+            strong_end={"shrinkage": "high"},
+            weighted=True,
+            entry=Entry(simplicity=2, operations=closed_form),
         ),
         HeadKind(
             name="knn",
@@ -86,10 +107,11 @@ HEADS: Mapping[str, HeadKind] = {
             class_name="NeighborsHead",
             summary="k nearest neighbours by cosine similarity",
             arrays={"vectors": ("N", "D"), "labels": ("N",)},
-            searched="k",
-            grid=(1, 5, 10, 20, 50, 100),
-            strong_end="high",
+            searched=("k",),
+            grid={"k": (1, 5, 10, 20, 50, 100)},
+            strong_end={"k": "high"},
             criterion="accuracy",
+            entry=Entry(simplicity=6, operations=all_pairs),
         ),
         HeadKind(
             name="ncm",
@@ -97,7 +119,7 @@ HEADS: Mapping[str, HeadKind] = {
             class_name="NearestMeanHead",
             summary="nearest class mean",
             arrays=LINEAR_ARRAYS,
-            calibrated=True,
+            entry=Entry(simplicity=1, operations=class_means),
         ),
         HeadKind(
             name="linear",
@@ -105,10 +127,43 @@ HEADS: Mapping[str, HeadKind] = {
             class_name="MinibatchHead",
             summary="linear layer trained by minibatches of AdamW (imports torch)",
             arrays=LINEAR_ARRAYS,
-            searched="weight_decay",
-            grid=(0.1, 1.0, 10.0),
-            strong_end="high",
+            searched=("lr", "weight_decay"),
+            grid={"lr": (3e-4, 1e-3, 3e-3, 1e-2), "weight_decay": (0.1, 10.0)},
+            strong_end={"weight_decay": "high"},
+            weighted=True,
+            uses_views=True,
             seeded=True,
+            entry=Entry(
+                simplicity=5,
+                operations=minibatches(epochs=30, candidates=8),
+                start=1.5,
+                least_rows=500,
+                needs_views=True,
+            ),
+        ),
+        HeadKind(
+            name="mlp",
+            module="featcache.heads.mlp",
+            class_name="MLPHead",
+            summary="network of one hidden layer trained by minibatches of AdamW (imports torch)",
+            arrays={
+                "hidden": ("H", "D"),
+                "hidden_bias": ("H",),
+                "output": ("K", "H"),
+                "output_bias": ("K",),
+            },
+            searched=("lr", "weight_decay"),
+            grid={"lr": (1e-3, 3e-3), "weight_decay": (1.0, 10.0)},
+            strong_end={"weight_decay": "high"},
+            weighted=True,
+            uses_views=True,
+            seeded=True,
+            entry=Entry(
+                simplicity=7,
+                operations=minibatches(epochs=20, candidates=4, hidden=256),
+                start=1.5,
+                least_rows=1000,
+            ),
         ),
         HeadKind(
             name="sklearn",
@@ -138,7 +193,9 @@ def build_head(name: str, params: Mapping[str, Any], *, seed: int) -> Head:
     kind = find_head(name)
     head_class = kind.load()
     if kind is HEADS["sklearn"]:
-        return head_class(estimator=name.removeprefix(SKLEARN), params=dict(params), seed=seed)
+        own = {"temperature": params["temperature"]} if "temperature" in params else {}
+        rest = {key: value for key, value in params.items() if key not in own}
+        return head_class(estimator=name.removeprefix(SKLEARN), params=rest, seed=seed, **own)
     known = inspect.signature(head_class).parameters
     require_known(params, known, what=name)
     seeds = {"seed": seed} if kind.seeded and "seed" not in params else {}

@@ -33,9 +33,10 @@ class Head(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-lear
     """A classifier on feature vectors.
 
     A head implements `_fit`, `column_scores`, `to_arrays` and `from_arrays`. Probabilities are
-    softmax(scores / temperature), where `temperature` is 1 unless the head has a parameter of that name.
+    softmax(scores / temperature); every head has the parameter `temperature`, and fits without it.
     """
 
+    temperature: float
     classes_: NDArray[Any]
     n_features_in_: int
 
@@ -45,20 +46,37 @@ class Head(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-lear
         self._fit(rows, codes)
         return self
 
-    def fit_path(self, X: ArrayLike, y: ArrayLike, *, name: str, values: Sequence[Any]) -> list[Self]:
-        """One fitted copy of this head for every value of the parameter `name`, in the order given.
+    def fit_path(
+        self,
+        X: ArrayLike,
+        y: ArrayLike,
+        *,
+        candidates: Sequence[Mapping[str, Any]],
+        views: Sequence[NDArray[Any]] = (),
+    ) -> list[Self]:
+        """One fitted copy of this head for every candidate, values of parameters by name, in the order given.
 
-        Heads that can share work between the values override this.
+        Heads that can share work between the candidates override this. views: augmented feature vectors
+        of the rows of X, each of its shape, for heads whose `fit` takes them.
         """
-        return [clone(self).set_params(**{name: value}).fit(X, y) for value in values]
+        more = {"views": views} if views else {}
+        return [clone(self).set_params(**values).fit(X, y, **more) for values in candidates]
 
     def start_search(
-        self, X: ArrayLike, y: ArrayLike, *, fold: NDArray[np.intp], n_folds: int, name: str | None
+        self,
+        X: ArrayLike,
+        y: ArrayLike,
+        *,
+        fold: NDArray[np.intp],
+        n_folds: int,
+        searched: tuple[str, ...],
+        views: Sequence[NDArray[Any]] = (),
     ) -> PathSearch | None:
-        """Cross-validation that shares work between folds and values, or None, and then `fit_path` is used.
+        """Cross-validation that shares work between folds and candidates; None: `fit_path` is used instead.
 
-        fold: (n_samples,), the fold that holds a row out, below 0 for rows that are always fitted on. name:
-        the parameter whose values will be asked for, None for a head fitted as it is.
+        fold: (n_samples,), the fold that holds a row out, below 0 for rows that are always fitted on.
+        searched: the parameters that candidates will name; none for a head that is fitted as it is.
+        views: as `fit_path` has them; rows held out are scored on X alone.
         """
         return None
 
@@ -80,8 +98,15 @@ class Head(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-lear
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
         """Probabilities, ndarray of shape (n_samples, n_classes); rows sum to 1."""
         scores = self.column_scores(self._check_input(X))
-        probabilities: NDArray[np.float64] = softmax(scores / getattr(self, "temperature", 1.0), axis=1)
+        probabilities: NDArray[np.float64] = softmax(scores / self.temperature, axis=1)
         return probabilities
+
+    def shift_scores(self, offsets: NDArray[np.float64]) -> None:
+        """Move the log-odds of the probabilities by offsets, (n_classes,), for all rows alike.
+
+        ValueError: this head has no intercept that could take them.
+        """
+        raise ValueError("its scores have no intercept that could be moved")
 
     def to_arrays(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """The fitted head as named arrays and a JSON-able rest, for `from_arrays`."""
@@ -142,8 +167,10 @@ class LinearHead(Head):
 
     def as_linear(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """W of shape (n_classes, n_features) and b such that `predict_proba` is softmax(X @ W.T + b)."""
-        temperature = getattr(self, "temperature", 1.0)
-        return self.coef_ / temperature, self.intercept_ / temperature
+        return self.coef_ / self.temperature, self.intercept_ / self.temperature
+
+    def shift_scores(self, offsets: NDArray[np.float64]) -> None:
+        self.intercept_ = self.intercept_ + offsets * self.temperature
 
     def to_arrays(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         return {"coef": self.coef_, "intercept": self.intercept_}, {}
@@ -156,6 +183,32 @@ class LinearHead(Head):
         head.coef_, head.intercept_ = arrays["coef"], arrays["intercept"]
         head._restore(n_classes=head.coef_.shape[0], n_features=head.coef_.shape[1])
         return head
+
+
+def class_weights(
+    class_weight: str | Mapping[Any, float] | None,
+    codes: NDArray[np.intp],
+    *,
+    n_classes: int,
+    classes: NDArray[Any] | None = None,
+) -> NDArray[np.float64]:
+    """The weight of the rows of each class, (n_classes,): 1, or "balanced", n / (K n_k), or those given.
+
+    codes: (n_samples,), of the rows that are fitted on. classes: the labels that a mapping names, by code;
+    None: the codes themselves. ValueError for any other `class_weight`.
+    """
+    if class_weight is None:
+        return np.ones(n_classes)
+    if isinstance(class_weight, Mapping):
+        labels = range(n_classes) if classes is None else classes.tolist()
+        given = np.array([class_weight.get(label, 1.0) for label in labels], dtype=np.float64)
+        if not np.all(np.isfinite(given) & (given > 0)):
+            raise ValueError(f"the weights of classes are numbers above 0, not {dict(class_weight)!r}")
+        return given
+    if class_weight != "balanced":
+        raise ValueError(f"class_weight is 'balanced', a weight for each class or None, not {class_weight!r}")
+    counts = np.bincount(codes, minlength=n_classes)
+    return len(codes) / (n_classes * np.maximum(counts, 1))
 
 
 def require_positive(name: str, value: Any, *, zero: bool = False) -> None:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
 
 KEPT_BYTES = 300_000_000  # of Cholesky factors
+FLOAT32_LOSS = 0.05  # rounding that a factor in float32 may have, twice as fast as one in float64
 SPACING = 2.0  # strengths between two factors: the nearer one is at most 1.41 times off
 
 
@@ -65,6 +66,9 @@ class GramCurvature:
                 del self.factors[next(iter(self.factors))]  # the one made first: strengths only rise
             matrix = self.correlation * SPACING**level
             matrix[np.diag_indices(R)] += 1
+            # What float32 rounds off may not come near the 1, or the matrix is no longer positive.
+            if R * SPACING**level * np.finfo(np.float32).eps < FLOAT32_LOSS:
+                matrix = matrix.astype(np.float32)
             factor: Any = cho_factor(matrix, lower=True, overwrite_a=True, check_finite=False)[0]
             self.factors[level] = factor.astype(np.float32)
         return self.factors[level]

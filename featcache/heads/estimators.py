@@ -16,7 +16,7 @@ from sklearn.preprocessing import StandardScaler
 
 from featcache.errors import HeadError, ModelError
 from featcache.heads.archive import check_archive
-from featcache.heads.base import Head
+from featcache.heads.base import Head, require_positive
 from featcache.heads.parameters import nearest, require_known
 
 # What a model file may hold beside the types skops trusts by itself: the trees, whose indices are checked
@@ -30,6 +30,7 @@ TRUSTED = frozenset(
         "sklearn.tree._tree.Tree",
     }
 )
+LEAST_PROBABILITY = 1e-15  # smaller ones count as this, so that their logarithms are finite
 
 
 class EstimatorHead(Head):
@@ -40,6 +41,7 @@ class EstimatorHead(Head):
     estimator : class name of the classifier.
     params : its parameters; others keep scikit-learn's defaults.
     seed : its random_state, where it has one and `params` does not set it.
+    temperature : what the logarithms of its probabilities are divided by before the softmax.
     """
 
     pipeline_: Pipeline
@@ -51,17 +53,18 @@ class EstimatorHead(Head):
         *,
         params: Mapping[str, Any] | None = None,
         seed: int = 0,
+        temperature: float = 1.0,
     ) -> None:
         self.estimator = estimator
         self.params = params
         self.seed = seed
+        self.temperature = temperature
 
-    def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
+    def _probabilities(self, X: NDArray[Any]) -> NDArray[np.float64]:
         """The estimator's probabilities, or the softmax of its scores where it has none.
 
         An estimator with neither gets 0.99 for its label and an even share of the rest for the others.
         """
-        X = self._check_input(X)
         pipeline, n_classes = self.pipeline_, len(self.classes_)
         if hasattr(pipeline, "predict_proba"):
             return np.asarray(pipeline.predict_proba(X), dtype=np.float64)
@@ -76,7 +79,7 @@ class EstimatorHead(Head):
         return np.where(said, 0.99, 0.01 / (n_classes - 1))
 
     def column_scores(self, X: NDArray[Any]) -> NDArray[np.float64]:
-        return np.log(np.maximum(self.predict_proba(X), 1e-300))
+        return np.log(np.maximum(self._probabilities(X), LEAST_PROBABILITY))
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
         """What the estimator itself predicts."""
@@ -116,10 +119,14 @@ class EstimatorHead(Head):
         return getattr(self, "warnings_", ())
 
     def _fit(self, X: NDArray[Any], codes: NDArray[np.intp]) -> None:
+        require_positive("temperature", self.temperature)
         pipeline = make_pipeline(StandardScaler(), self._build())
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            self.pipeline_ = pipeline.fit(_wide_enough(X), codes)
+            try:
+                self.pipeline_ = pipeline.fit(_wide_enough(X), codes)
+            except TypeError as error:  # of a parameter's value, as some estimators have it
+                raise ValueError(str(error)) from error
         said = dict.fromkeys(f"{w.category.__name__}: {_first_line(w.message)}" for w in caught)
         self.warnings_ = tuple(said)
 

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.heads.base import LinearHead, require_count, require_positive
+from featcache.heads.base import LinearHead
 from featcache.heads.standardize import Standardizer
+from featcache.heads.trained import TrainedHead
 
-STEP_ROWS = 256
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
-class MinibatchHead(LinearHead):
-    """torch.nn.Linear on standardised features, cross-entropy, AdamW with a cosine schedule.
+class MinibatchHead(TrainedHead, LinearHead):
+    """scores = z W^T + b on standardised features z, trained as `TrainedHead` says.
 
-    The weights start at zero and the rows are drawn by a generator of its own, so that the seed decides
-    everything and the global generators of torch and numpy are not touched. A step is taken for every 256
-    rows, whatever `batch_size`: larger steps are gathered from several batches, so that the batch size
-    decides memory and not the result, and the learning rate needs no scaling with it.
+    W starts at zero and b at the logarithm of the classes' frequencies.
 
     Parameters
     ----------
@@ -27,7 +28,12 @@ class MinibatchHead(LinearHead):
     lr : peak learning rate.
     epochs : passes over the training rows.
     batch_size : rows of one forward pass, at most the 256 of a step.
-    seed : of the order of the rows.
+    label_smoothing : share of the target spread evenly over all classes.
+    mixup : alpha of the Beta distribution that rows and targets are mixed by; 0 mixes none.
+    class_weight : "balanced" gives every class the same weight, None every row; or a weight for each class.
+    seed : of the order of the rows and what else is drawn.
+    device : cpu, cuda, or auto, which takes a CUDA device where torch has one.
+    temperature : what the scores are divided by before the softmax that makes them probabilities.
     """
 
     def __init__(
@@ -37,54 +43,45 @@ class MinibatchHead(LinearHead):
         lr: float = 1e-3,
         epochs: int = 30,
         batch_size: int = 256,
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        class_weight: str | Mapping[Any, float] | None = None,
         seed: int = 0,
+        device: str = "auto",
+        temperature: float = 1.0,
     ) -> None:
         self.weight_decay = weight_decay
         self.lr = lr
         self.epochs = epochs
         self.batch_size = batch_size
+        self.label_smoothing = label_smoothing
+        self.mixup = mixup
+        self.class_weight = class_weight
         self.seed = seed
+        self.device = device
+        self.temperature = temperature
 
-    def _fit(self, X: NDArray[Any], codes: NDArray[np.intp]) -> None:
-        self._check_params()
-        standardizer = Standardizer.of(X)
-        rows = np.concatenate([chunk.astype(np.float32) for chunk in standardizer.chunks(X)])
-        weights, bias = self._train(rows, codes)
+    def _network(self) -> _OneLayer:
+        return _OneLayer()
+
+    def _take(self, tensors: Sequence[NDArray[np.float64]], standardizer: Standardizer) -> None:
+        weights, bias = tensors
         self.coef_, self.intercept_ = standardizer.fold(weights, bias)
 
-    def _check_params(self) -> None:
-        require_positive("weight_decay", self.weight_decay, zero=True)
-        require_positive("lr", self.lr)
-        require_count("epochs", self.epochs)
-        require_count("batch_size", self.batch_size)
-        require_count("seed", self.seed, least=0)
 
-    def _train(
-        self, rows: NDArray[np.float32], codes: NDArray[np.intp]
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+class _OneLayer:
+    """`Network`: F by C linear layers."""
+
+    noise_width = 0
+
+    def size(self, n_features: int, n_classes: int) -> int:
+        return (n_features + 1) * n_classes
+
+    def start(self, n_features: int, n_classes: int, generator: torch.Generator) -> list[Tensor]:
         import torch
 
-        Z, targets = torch.from_numpy(rows), torch.from_numpy(codes.astype(np.int64))
-        # Built without storage, since the constructor fills it from the global generator.
-        layer = torch.nn.Linear(Z.shape[1], len(self.classes_), device="meta").to_empty(device="cpu")
-        torch.nn.init.zeros_(layer.weight)
-        torch.nn.init.zeros_(layer.bias)
-        groups = [
-            {"params": [layer.weight], "weight_decay": self.weight_decay},
-            {"params": [layer.bias], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=self.lr)
-        steps = self.epochs * -(-len(Z) // STEP_ROWS)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
-        generator = torch.Generator().manual_seed(self.seed)
-        for _ in range(self.epochs):
-            order = torch.randperm(len(Z), generator=generator)
-            for rows_of_step in torch.split(order, STEP_ROWS):
-                optimizer.zero_grad()
-                for index in torch.split(rows_of_step, self.batch_size):
-                    loss = torch.nn.functional.cross_entropy(layer(Z[index]), targets[index], reduction="sum")
-                    torch.autograd.backward(loss / len(rows_of_step))
-                optimizer.step()
-                schedule.step()
-        weight, bias = layer.weight.detach(), layer.bias.detach()
-        return weight.numpy().astype(np.float64), bias.numpy().astype(np.float64)
+        return [torch.zeros(n_classes, n_features), torch.zeros(n_classes)]
+
+    def scores(self, weights: Sequence[Tensor], Z: Tensor, noise: Tensor | None) -> Tensor:
+        W, b = weights  # (F, C, K, D), (F, C, K)
+        return (W.flatten(1, 2) @ Z.mT).view(*b.shape, -1) + b.unsqueeze(3)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from featcache.heads.base import LinearHead, require_positive
-from featcache.heads.standardize import Standardizer
+from featcache.heads.base import require_positive
+from featcache.heads.closed import ClosedFormHead
+from featcache.heads.sums import ClassSums
 
 
-class NearestMeanHead(LinearHead):
+class NearestMeanHead(ClosedFormHead):
     """The class whose mean is nearest in Euclidean distance on standardised features.
 
     -1/2 |z - m_k|^2 = z . m_k - 1/2 |m_k|^2 - 1/2 |z|^2, whose last term is the same for all classes: the
@@ -26,11 +27,10 @@ class NearestMeanHead(LinearHead):
     def __init__(self, *, temperature: float = 1.0) -> None:
         self.temperature = temperature
 
-    def _fit(self, X: NDArray[Any], codes: NDArray[np.intp]) -> None:
+    def _check_params(self) -> None:
         require_positive("temperature", self.temperature)
-        standardizer = Standardizer.of(X)
-        means = np.stack(
-            [X[codes == k].mean(axis=0, dtype=np.float64) for k in range(len(self.classes_))]
-        )  # (K, D)
-        weights = standardizer.apply(means)
-        self.coef_, self.intercept_ = standardizer.fold(weights, -0.5 * np.sum(weights * weights, axis=1))
+
+    def _solve(self, sums: ClassSums, heads: Sequence[Any]) -> None:
+        means = sums.means  # (K, D)
+        for head in heads:
+            head.coef_, head.intercept_ = sums.on_raw(means, -0.5 * np.sum(means * means, axis=1))

@@ -1,11 +1,13 @@
 """Sufficient statistics of labelled rows, part by part, from one pass. Arrays only, float64 sums.
 
 The parts are the folds, so that the statistics of a fold's training rows are the sum of the other parts':
-nothing is subtracted, and a further fold or penalty does not read the rows again.
+nothing is subtracted, and a further fold or penalty does not read the rows again. Cross-products of much
+float32 data are float32 within a few thousand rows, which is twice as fast, and float64 between them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.heads.standardize import CHUNK_VALUES, Standardizer
+from featcache.heads.threads import in_threads
+from featcache.processors import usable_processors
 
 CENTRE_ROWS = 4096  # rows that the provisional centre is the mean of
+FLOAT64_VALUES = 1_000_000  # up to this size cross-products are float64; above, those of float64 data alone
+LONG_RUNS = 16  # mean rows of a run from which it is summed by itself
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,7 +36,9 @@ class Moments:
     squares: NDArray[np.float64]  # (P, D)
     low: NDArray[np.float64]  # (P, D), the least value of each feature
     high: NDArray[np.float64]  # (P, D)
-    gram: NDArray[np.float64] | None  # (P, D, D), of x - centre; None unless asked for
+    weights: NDArray[np.float64]  # (K,), of the rows of each class, where something is called weighted
+    gram: NDArray[np.float64] | None  # (P, D, D), weighted, of x - centre; None unless asked for
+    noise: float  # relative rounding error of the gram
 
     def select(self, parts: NDArray[np.bool_]) -> Moments:
         """The moments of these parts together, as one part."""
@@ -41,6 +49,8 @@ class Moments:
             squares=self.squares[parts].sum(axis=0, keepdims=True),
             low=self.low[parts].min(axis=0, keepdims=True),
             high=self.high[parts].max(axis=0, keepdims=True),
+            weights=self.weights,
+            noise=self.noise,
             gram=None
             if self.gram is None
             else np.asarray(sum(self.gram[p] for p in np.flatnonzero(parts)))[None],
@@ -50,25 +60,38 @@ class Moments:
     def n(self) -> int:
         return int(self.counts.sum())
 
+    @property
+    def class_weight(self) -> NDArray[np.float64]:
+        """The weight of all rows of each class together, (K,)."""
+        weight: NDArray[np.float64] = self.weights * self.counts.sum(axis=0)
+        return weight
+
+    @property
+    def constant(self) -> NDArray[np.bool_]:
+        """Which features have one value in all rows, (D,)."""
+        same: NDArray[np.bool_] = self.low.min(axis=0) == self.high.max(axis=0)
+        return same
+
     def standardizer(self) -> Standardizer:
         """Means and deviations of all rows; a column that is constant has scale 1."""
         shift = self.sums.sum(axis=(0, 1)) / self.n
         mean = self.centre + shift
         variance = np.maximum(self.squares.sum(axis=0) / self.n - shift * shift, 0.0)
         scale = np.sqrt(variance)
-        constant = (self.low.min(axis=0) == self.high.max(axis=0)) | (scale <= 1e-13 * np.abs(mean))
+        constant = self.constant | (scale <= 1e-13 * np.abs(mean))
         return Standardizer(mean=mean, scale=np.where(constant | (scale == 0), 1.0, scale))
 
     def standardised_gram(self, standardizer: Standardizer) -> NDArray[np.float64]:
-        """Z^T Z of all rows, (D, D)."""
+        """Z^T Z of all rows, weighted and about their weighted mean, (D, D)."""
         if self.gram is None:
             raise ValueError("these moments were taken without cross-products")
-        shift = standardizer.mean - self.centre
+        weight = float(self.class_weight.sum())
+        shift = self.weights @ self.sums.sum(axis=0) / weight
         gram: NDArray[np.float64] = self.gram.sum(axis=0)
-        gram -= self.n * np.outer(shift, shift)
+        gram -= weight * np.outer(shift, shift)
         gram /= standardizer.scale[:, None]
         gram /= standardizer.scale
-        constant = self.low.min(axis=0) == self.high.max(axis=0)
+        constant = self.constant
         gram[constant] = gram[:, constant] = 0.0  # what is left there is rounding
         return gram
 
@@ -76,8 +99,7 @@ class Moments:
         """The sum of the standardised rows of each class, (K, D)."""
         shift, counts = standardizer.mean - self.centre, self.counts.sum(axis=0)
         sums: NDArray[np.float64] = (self.sums.sum(axis=0) - counts[:, None] * shift) / standardizer.scale
-        constant = self.low.min(axis=0) == self.high.max(axis=0)
-        sums[:, constant] = 0.0
+        sums[:, self.constant] = 0.0
         return sums
 
 
@@ -89,52 +111,128 @@ def take_moments(
     part: NDArray[np.intp] | None = None,
     n_parts: int = 1,
     cross: bool = False,
+    weights: NDArray[np.float64] | None = None,
 ) -> Moments:
     """The moments of X, (n_samples, n_features), with classes and parts (n_samples,), in one pass.
 
-    A chunk of rows is float64 at a time. cross: also the cross-products of the features.
+    A few chunks of rows are held at a time. cross: also the cross-products of the features. weights:
+    (n_classes,), of the rows of each class in them; None: all 1. The result does not depend on the number of
+    processors.
     """
     d = X.shape[1]
     part = np.zeros(len(X), dtype=np.intp) if part is None else part
-    group = part * n_classes + codes  # (N,)
-    centre = _centre(X)
+    reader = _Reader(X, part * n_classes + codes, n_classes, n_parts, _centre(X))
+    weights = np.ones(n_classes) if weights is None else weights
+    weighted = not np.all(weights == 1)
     sums = np.zeros((n_parts * n_classes, d))
     squares = np.zeros((n_parts, d))
     low, high = np.full((n_parts, d), np.inf), np.full((n_parts, d), -np.inf)
     gram = np.zeros((n_parts, d, d)) if cross else None
-    step = max(CHUNK_VALUES // max(d, 1), 1)
-    for start in range(0, len(X), step):
-        order = np.argsort(group[start : start + step], kind="stable")
-        rows = X[start : start + step][order].astype(np.float64) - centre
-        groups, firsts = np.unique(group[start : start + step][order], return_index=True)
-        sums[groups] += np.add.reduceat(rows, firsts, axis=0)
-        of_part = part[start : start + step][order]
-        for p in np.unique(of_part):
-            first, last = np.searchsorted(of_part, [p, p + 1])
-            piece = rows[first:last]
-            np.minimum(low[p], piece.min(axis=0), out=low[p])
-            np.maximum(high[p], piece.max(axis=0), out=high[p])
-            if gram is None:
-                squares[p] += np.einsum("nd,nd->d", piece, piece)
-            else:
-                gram[p] += piece.T @ piece
-    if gram is not None:
+    for piece in reader.pieces(squares=weighted or not cross):
+        sums[piece.groups] += piece.sums
+        p = piece.part
+        squares[p] += piece.squares
+        np.minimum(low[p], piece.low, out=low[p])
+        np.maximum(high[p], piece.high, out=high[p])
+        if gram is not None:
+            if weighted:
+                piece.rows *= np.sqrt(weights[piece.codes])[:, None].astype(piece.rows.dtype)
+            gram[p] += piece.rows.T @ piece.rows
+    if gram is not None and not weighted:
         squares = np.einsum("pdd->pd", gram).copy()
     return Moments(
-        centre=centre,
-        counts=np.bincount(group, minlength=n_parts * n_classes).reshape(n_parts, n_classes),
+        centre=reader.centre,
+        counts=np.bincount(reader.group, minlength=n_parts * n_classes).reshape(n_parts, n_classes),
         sums=sums.reshape(n_parts, n_classes, d),
         squares=squares,
         low=low,
         high=high,
+        weights=weights,
+        noise=float(np.finfo(reader.dtype).eps),
         gram=gram,
     )
 
 
+@dataclass(kw_only=True, eq=False)
+class _Piece:
+    """Rows of one part, sorted by class, and their sums."""
+
+    part: int
+    rows: NDArray[Any]  # (n, D), x - centre
+    codes: NDArray[np.intp]  # (n,)
+    groups: NDArray[np.intp]  # part and class of each row of `sums`
+    sums: NDArray[np.float64]  # (classes met, D)
+    squares: NDArray[np.float64] | float
+    low: NDArray[Any]  # (D,)
+    high: NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class _Reader:
+    X: NDArray[Any]
+    group: NDArray[np.intp]  # (N,), part * n_classes + class
+    n_classes: int
+    n_parts: int
+    centre: NDArray[np.float64]
+
+    @property
+    def dtype(self) -> type[np.floating[Any]]:
+        exact = self.X.size <= FLOAT64_VALUES or self.X.dtype == np.float64
+        return np.float64 if exact else np.float32
+
+    def pieces(self, *, squares: bool) -> Iterator[_Piece]:
+        """All rows, in a fixed order; a chunk for each processor is prepared at a time."""
+        step = max(CHUNK_VALUES // max(self.X.shape[1], 1), 1)
+        starts = range(0, len(self.X), step)
+        together = usable_processors()
+        for first in range(0, len(starts), together):
+            some = [
+                range(start, min(start + step, len(self.X))) for start in starts[first : first + together]
+            ]
+            for made in in_threads(lambda rows: self._prepare(rows, squares), some, products=False):
+                yield from made
+
+    def _prepare(self, rows: range, squares: bool) -> list[_Piece]:
+        group = self.group[rows.start : rows.stop]
+        order = np.argsort(group, kind="stable")
+        group = group[order]
+        centred = np.empty((len(rows), self.X.shape[1]), dtype=self.dtype)
+        wide = np.float64 if self.X.dtype == np.float64 else self.dtype
+        some = self.X[rows.start : rows.stop][order]
+        np.subtract(some, self.centre.astype(wide), out=centred, casting="same_kind")
+        made = []
+        for p in np.unique(group // self.n_classes):
+            first, last = np.searchsorted(group, [p * self.n_classes, (p + 1) * self.n_classes])
+            some, of = centred[first:last], group[first:last]
+            groups, firsts = np.unique(of, return_index=True)
+            made.append(
+                _Piece(
+                    part=int(p),
+                    rows=some,
+                    codes=of - p * self.n_classes,
+                    groups=groups,
+                    sums=_sums(some, firsts),
+                    squares=np.einsum("nd,nd->d", some, some, dtype=np.float64) if squares else 0.0,
+                    low=some.min(axis=0),
+                    high=some.max(axis=0),
+                )
+            )
+        return made
+
+
+def _sums(rows: NDArray[Any], firsts: NDArray[np.intp]) -> NDArray[np.float64]:
+    """Sums of the runs of rows that start at `firsts`."""
+    if len(rows) < LONG_RUNS * len(firsts):
+        return np.asarray(np.add.reduceat(rows, firsts, axis=0, dtype=np.float64))
+    return np.stack([run.sum(axis=0, dtype=np.float64) for run in np.split(rows, firsts[1:])])
+
+
 def _centre(X: NDArray[Any]) -> NDArray[np.float64]:
-    """The mean of some rows all over X, in float32 where that holds it, so that x - centre is exact for a
-    column that is constant."""
+    """The mean of some rows all over X, in a number that float32 holds unless X is wider, so that x - centre
+    is right to its last bit, and exact for a column that is constant."""
     some = X[:: max(len(X) // CENTRE_ROWS, 1)].astype(np.float64)
     mean = some.mean(axis=0)
+    if X.dtype != np.float64:
+        mean = mean.astype(np.float32).astype(np.float64)
     centre: NDArray[np.float64] = np.where(some.min(axis=0) == some.max(axis=0), some[0], mean)
     return centre

@@ -1,4 +1,4 @@
-"""What a head offers that shares work between folds and between values of the parameter that is searched."""
+"""What a head offers that shares work between folds and between the candidates of a search."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ if TYPE_CHECKING:
 
 
 class PathSearch(Protocol):
-    """The search of one parameter on one set of rows and folds; made by `Head.start_search`."""
+    """The search of parameters on one set of rows and folds; made by `Head.start_search`."""
 
-    def scores(self, values: Sequence[Any]) -> Iterator[NDArray[Any]]:
-        """For each value, in the order given, the scores (n_samples, n_classes) of every row by the head
-        that was fitted without the row's fold. Rows that no fold holds out may have any score.
+    def scores(self, candidates: Sequence[Mapping[str, Any]]) -> Iterator[NDArray[Any]]:
+        """For each candidate, values of the parameters by name, in the order given, the scores (n_samples,
+        n_classes) of every row by the head that was fitted without the row's fold. Rows that no fold holds
+        out may have any score. What a candidate does not name is as in the head that started the search.
         """
         ...
 

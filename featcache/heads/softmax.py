@@ -39,7 +39,7 @@ class Affine:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DataTerm:
-    """Sums over the rows of each problem, for weights (J, K, R) on its fold's features and bias (J, K)."""
+    """Weighted sums over the rows of each problem, for weights (J, K, R) on its features and bias (J, K)."""
 
     loss: NDArray[np.float64]  # (J,)
     weights: NDArray[np.float64]  # gradient, (J, K, R)
@@ -51,12 +51,18 @@ class SoftmaxRows:
     """Rows in blocks, each read (and made, if need be) by one of as many threads as there are processors.
 
     blocks: functions that give some blocks each. Which thread takes which is fixed, and so are all sums.
+    weights: (n_folds, n_classes), what a row of each class counts for in each fold.
     """
 
     def __init__(
-        self, blocks: Sequence[Callable[[], Iterator[Block]]], *, affine: Affine, n_classes: int
+        self,
+        blocks: Sequence[Callable[[], Iterator[Block]]],
+        *,
+        affine: Affine,
+        weights: NDArray[np.float64],
     ) -> None:
-        self.blocks, self.affine, self.n_classes = blocks, affine, n_classes
+        self.blocks, self.affine, self.weights = blocks, affine, weights
+        self.n_classes = weights.shape[1]
 
     def evaluate(
         self, fold: NDArray[np.intp], weights: NDArray[np.float64], bias: NDArray[np.float64]
@@ -64,7 +70,9 @@ class SoftmaxRows:
         """The log-loss of the problems of these folds, (J,), with its gradient."""
         J, K, R = weights.shape
         on_rows, offset = self._on_rows(fold, weights, bias)
-        parts = self._map(lambda block, total: _add(block, fold, on_rows, offset, total), (J, K, R))
+        own = self.weights[fold]
+        weigh = None if np.all(own == 1) else own
+        parts = self._map(lambda block, total: _add(block, fold, on_rows, offset, weigh, total), (J, K, R))
         loss, slope, sums, variance = (sum(part[i] for part in parts) for i in range(4))
         mean, scale = self.affine.mean[fold][:, None], self.affine.scale[fold][:, None]
         gradient = (slope.transpose(1, 0, 2) - sums.T[..., None] * mean) / scale
@@ -122,6 +130,7 @@ def _add(
     fold: NDArray[np.intp],
     on_rows: NDArray[np.float64],
     offset: NDArray[np.float64],
+    weigh: NDArray[np.float64] | None,
     total: tuple[NDArray[np.float64], ...],
 ) -> None:
     """Add to `total` what the rows of a block are to the problems that are fitted on them."""
@@ -144,13 +153,22 @@ def _add(
         true = p[codes, :, each]  # (n, J)
         np.exp(p, out=p)
         norm = p.sum(axis=0)
-        loss += np.log(norm).sum(axis=1, dtype=np.float64) - true.sum(axis=0, dtype=np.float64)
         p /= norm
-        squares += np.einsum("kjn,kjn->kj", p, p)
-        sums += p.sum(axis=2, dtype=np.float64)
-        p[codes, :, each] -= 1
+        if weigh is None:
+            loss += np.log(norm).sum(axis=1, dtype=np.float64) - true.sum(axis=0, dtype=np.float64)
+            squares += np.einsum("kjn,kjn->kj", p, p)
+            sums += p.sum(axis=2, dtype=np.float64)
+            p[codes, :, each] -= 1
+        else:
+            of_row = weigh[use][:, codes].astype(dtype)  # (J, n)
+            loss += np.einsum("jn,jn->j", of_row, np.log(norm) - true.T, dtype=np.float64)
+            squares += np.einsum("jn,kjn,kjn->kj", of_row, p, p)
+            p *= of_row
+            sums += p.sum(axis=2, dtype=np.float64)
+            p[codes, :, each] -= of_row.T
         slope = slope + p.reshape(len(wide), -1) @ rows
-    counts = np.bincount(block.codes, minlength=K)[:, None]
+    counts: Any = np.bincount(block.codes, minlength=K)[:, None]
+    counts = counts if weigh is None else counts * weigh[use].T
     where: Any = slice(None) if everything else use
     total[0][where] += loss
     total[1][:, where] += slope.reshape(K, len(use), -1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TypeVar
 
@@ -33,10 +33,10 @@ def one_blas_thread() -> Iterator[None]:
         _single.reset(token)
 
 
-def in_threads(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """`work` of every item, in order."""
+def in_threads(work: Callable[[T], R], items: Sequence[T], *, products: bool = True) -> list[R]:
+    """`work` of every item, in order. products: it calls the matrix library, which then has one thread."""
     threads = min(usable_processors(), len(items))
     if threads <= 1:
         return [work(item) for item in items]
-    with one_blas_thread(), ThreadPoolExecutor(threads) as pool:
+    with one_blas_thread() if products else nullcontext(), ThreadPoolExecutor(threads) as pool:
         return list(pool.map(work, items))

@@ -21,6 +21,7 @@ class FeatureSet:
     ids: the relative paths, n_samples of them.
     splits: str ndarray of shape (n_samples,), "train", "val", "test" or "" for none.
     sha256: uint8 ndarray of shape (n_samples, 32), of the bytes of each image.
+    views: augmented vectors of the same rows, ndarrays of the shape of X; empty unless they were asked for.
     """
 
     X: NDArray[Any]
@@ -31,6 +32,7 @@ class FeatureSet:
     sha256: NDArray[np.uint8]
     nodes: tuple[FeatureNode, ...]
     spec: FeatureSpec
+    views: tuple[NDArray[Any], ...] = ()
 
     def __len__(self) -> int:
         return len(self.y)

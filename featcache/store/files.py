@@ -13,9 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from featcache.disk import disk_errors, replace_durably, sync_file
+from featcache.disk import disk_errors, open_regular, replace_durably, sync_file
 from featcache.errors import DamagedStore, NotAStore, StoreError
+from featcache.store.hdf5 import SIGNATURE
 from featcache.store.reader import FeatureStore
+
+
+def begins_as_store(path: Path) -> bool:
+    """Whether a file is there whose first bytes are those of every store; what follows may be anything."""
+    try:
+        with open_regular(path) as file:
+            return file.read(len(SIGNATURE)) == SIGNATURE
+    except OSError:
+        return False  # nothing of ours; opening or writing will say what is wrong with it
 
 
 @dataclass(frozen=True)

@@ -180,12 +180,18 @@ class FeatureStore:
         return view
 
     def features(
-        self, node: str | Sequence[str] | None = None, *, view: int = 0, partial: bool = False
+        self,
+        node: str | Sequence[str] | None = None,
+        *,
+        view: int = 0,
+        with_views: bool = False,
+        partial: bool = False,
     ) -> FeatureSet:
         """The usable rows of a node, with labels, ids and splits joined to them.
 
         node: a key, None for the first node, or several, whose vectors are put one after the other.
         view: 0 is of the plain images, and what is scored is scored on those; others are augmented.
+        with_views: the other views of the same rows beside X.
         IncompleteStore when rows are still pending, unless `partial` asks for the complete blocks only.
         """
         keys = (node,) if node is None or isinstance(node, str) else tuple(dict.fromkeys(node))
@@ -200,10 +206,15 @@ class FeatureStore:
         usable = self.row_status == RowStatus.OK
         everything = bool(usable.all())
         keep = slice(None) if everything else np.flatnonzero(usable)
-        maps = [self.map(one.key, view=view)[keep] for one in chosen]
+
+        def vectors(of_view: int) -> NDArray[Any]:
+            maps = [self.map(one.key, view=of_view)[keep] for one in chosen]
+            return maps[0] if len(maps) == 1 else np.concatenate(maps, axis=1)
+
         ids = self.table.ids
+        others = [other for other in range(self.spec.views) if other != view] if with_views else []
         return FeatureSet(
-            X=maps[0] if len(maps) == 1 else np.concatenate(maps, axis=1),
+            X=vectors(view),
             y=self.table.labels[keep],
             classes=self.classes,
             ids=ids if everything else tuple(ids[row] for row in np.flatnonzero(usable)),
@@ -211,6 +222,7 @@ class FeatureStore:
             sha256=np.array(self.sources["sha256"][keep]),
             nodes=chosen,
             spec=self.spec,
+            views=tuple(vectors(other) for other in others),
         )
 
     def torch_dataset(self, node: str | None = None) -> torch.utils.data.Dataset[tuple[Any, int]]:

@@ -1,0 +1,149 @@
+"""Rows that belong together, so that no group is on both sides of a split: one series, patient, near-copies.
+
+Knows paths as ids, CSV files and vectors; no labels.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from featcache.errors import HeadError
+from featcache.evaluate.splits import Groups
+from featcache.images.paths import show_path
+from featcache.progress import Progress, SilentProgress
+from featcache.store.features import FeatureSet
+from featcache.words import plural, show_text
+
+FOLDER, SIMILAR = "folder", "similar"
+COSINE = 0.97  # from which images count as similar
+BLOCK = 2048  # rows whose similarities are held at a time: 16 MB
+_NAMED = 3  # ids that an error shows
+
+
+def find_groups(by: str, features: FeatureSet, *, progress: Progress | None = None) -> Groups:
+    """The groups of the rows by one of these.
+
+    `folder`: the folder an image lies in. `folder:N`: the N-th folder of its path, from 1.
+    `FILE.csv:COLUMN`: what that column says of the path in the column `path`. `similar`, or `similar:0.97`:
+    images whose features have that cosine at least, and what these tie together.
+    HeadError: there is no such grouping of these images.
+    """
+    kind, _, detail = by.partition(":")
+    if kind == FOLDER:
+        return _by_name(_folders(features.ids, detail), by=by)
+    if kind == SIMILAR:
+        return _similar(features, _cosine(detail), by=by, progress=progress or SilentProgress())
+    path, colon, column = by.rpartition(":")
+    if colon and path.lower().endswith(".csv"):
+        return _by_name(_column(features.ids, Path(path), column), by=by)
+    raise HeadError(
+        f"there is no grouping by {show_text(by)}. Group by folder, folder:N, FILE.csv:COLUMN, similar or "
+        f"similar:{COSINE}."
+    )
+
+
+def _by_name(names: Sequence[str], *, by: str) -> Groups:
+    distinct, index = np.unique(np.array(names, dtype=object), return_inverse=True)
+    digests = b"".join(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest() for name in distinct)
+    keys = np.frombuffer(digests, dtype=np.uint8).reshape(-1, 32)
+    return Groups(index=index.astype(np.int64), keys=keys, by=by)
+
+
+def _folders(ids: Sequence[str], which: str) -> list[str]:
+    if not which:
+        return [str(PurePosixPath(path).parent) for path in ids]
+    if not which.isdecimal() or int(which) < 1:
+        raise HeadError(f"folder:N counts the folders of a path from 1, not {show_text(which)}.")
+    level = int(which)
+    parts = [PurePosixPath(path).parts[:-1] for path in ids]
+    _refuse(
+        [path for path, folders in zip(ids, parts, strict=True) if len(folders) < level],
+        why=f"lie in fewer than {plural(level, 'folder')}",
+        then="Group by a folder that all images have.",
+    )
+    # By its name alone: one patient under several classes is one group.
+    return [folders[level - 1] for folders in parts]
+
+
+def _column(ids: Sequence[str], path: Path, column: str) -> list[str]:
+    found = _read_column(path, column)
+    _refuse(
+        [name for name in ids if not found.get(name)],
+        why=f"have no {show_text(column)} in {show_path(path)}",
+        then="Its column path holds paths as the store has them, from the folder that was embedded.",
+    )
+    return [found[name] for name in ids]
+
+
+def _read_column(path: Path, column: str) -> Mapping[str, str]:
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            header = list(reader.fieldnames or ())
+            missing = [name for name in ("path", column) if name not in header]
+            if missing:
+                raise HeadError(
+                    f"{show_path(path)} has no column {show_text(missing[0])}; it has "
+                    f"{', '.join(map(show_text, header)) or 'none'}."
+                )
+            return {os.path.normpath(row["path"] or ""): row[column] or "" for row in reader}
+    except OSError as error:
+        raise HeadError(f"{show_path(path)} cannot be read: {error.strerror}.") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise HeadError(f"{show_path(path)} is not a CSV in UTF-8: {error}.") from error
+
+
+def _refuse(ids: Sequence[str], *, why: str, then: str) -> None:
+    if ids:
+        shown = ", ".join(show_path(name) for name in ids[:_NAMED]) + (", …" if len(ids) > _NAMED else "")
+        raise HeadError(f"{plural(len(ids), 'image')} {why}: {shown}. {then}")
+
+
+def _cosine(text: str) -> float:
+    try:
+        value = float(text) if text else COSINE
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise HeadError(f"similar:COSINE is a number between 0 and 1, not {show_text(text)}.")
+    return value
+
+
+def _similar(features: FeatureSet, least: float, *, by: str, progress: Progress) -> Groups:
+    """Connected components of the graph of similar images; a group is told by its lowest digest."""
+    unit = _unit_rows(features.X)
+    n = len(unit)
+    pairs = []
+    starts = range(0, n, BLOCK)
+    progress.start("comparing images", total=len(starts), unit="blocks")
+    for start in starts:
+        rows = unit[start : start + BLOCK]
+        for other in range(start, n, BLOCK):
+            first, second = np.nonzero(rows @ unit[other : other + BLOCK].T >= least)
+            pairs.append(np.stack([first + start, second + other]))
+        progress.advance(1)
+    progress.finish()
+    first, second = np.concatenate(pairs, axis=1)
+    graph = coo_array((np.ones(len(first), dtype=bool), (first, second)), shape=(n, n))
+    count, index = connected_components(graph, directed=False)
+    order = np.argsort(np.ascontiguousarray(features.sha256).view("V32").ravel(), kind="stable")
+    lowest = np.empty(count, dtype=np.int64)
+    lowest[index[order[::-1]]] = order[::-1]
+    return Groups(index=index.astype(np.int64), keys=features.sha256[lowest], by=by)
+
+
+def _unit_rows(X: NDArray[Any]) -> NDArray[np.float32]:
+    rows = X.astype(np.float32)
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    unit: NDArray[np.float32] = np.divide(rows, norms, out=rows, where=norms > 0)
+    return unit

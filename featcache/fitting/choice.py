@@ -1,0 +1,154 @@
+"""Which head, with which parameters, and that head fitted. Sees training rows only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featcache.errors import HeadError
+from featcache.evaluate.compete import Competition, compete
+from featcache.evaluate.select import Selection, TrainingRows, select
+from featcache.heads import HEADS, HeadKind, build_head, find_head
+from featcache.progress import Progress
+
+if TYPE_CHECKING:
+    from featcache.heads.base import Head
+
+AUTO = "auto"  # the heads compete
+BUDGET = 60.0  # seconds of that
+BALANCED = "balanced"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """What was asked for; HeadError where it does not go together, before any work.
+
+    head: a name, or AUTO. params: of the head. class_weight: BALANCED counts every class alike, None every
+    row. logit_adjustment: tau, the scores of class k are lowered by tau log p_k, its share of the training
+    rows.
+    """
+
+    head: str
+    params: Mapping[str, Any]
+    seed: int
+    budget: float
+    class_weight: str | None
+    logit_adjustment: float | None
+
+    def __post_init__(self) -> None:
+        if self.class_weight not in (None, BALANCED):
+            raise HeadError(f"class_weight is {BALANCED!r} or None, not {self.class_weight!r}")
+        if self.logit_adjustment is not None and not 0 < self.logit_adjustment < float("inf"):
+            raise HeadError(f"the logit adjustment is a number above 0, not {self.logit_adjustment!r}")
+        if self.head == AUTO:
+            self._check_auto()
+            return
+        kind = find_head(self.head)
+        build_head(self.head, self.params, seed=self.seed)  # unknown parameters are refused
+        if self.class_weight and not kind.weighted:
+            able = ", ".join(one.name for one in HEADS.values() if one.weighted)
+            raise HeadError(f"{self.head} cannot weight classes. Heads that can: {able}.")
+        if self.logit_adjustment is not None and not _can_shift(kind):
+            able = ", ".join(one.name for one in HEADS.values() if _can_shift(one))
+            raise HeadError(
+                f"{self.head} has no intercept that a logit adjustment could move. Heads with one: {able}."
+            )
+
+    def _check_auto(self) -> None:
+        if self.params:
+            raise HeadError(
+                f"{next(iter(self.params))!r} is a parameter of one head, and {AUTO} chooses among several. "
+                "Name the head as well: --head logistic."
+            )
+        if not self.budget > 0:
+            raise HeadError(f"the budget is a number of seconds above 0, not {self.budget:g}")
+
+    @property
+    def loss_weights(self) -> str | None:
+        """How rows are weighted where losses are compared: as they are when heads are fitted."""
+        return self.class_weight or self.params.get("class_weight")
+
+    def given(self, kind: HeadKind) -> dict[str, Any]:
+        """The parameters that are given for a head."""
+        weights = {"class_weight": self.class_weight} if self.class_weight and kind.weighted else {}
+        return {**weights, **self.params}
+
+    def why_not(self, kind: HeadKind) -> str | None:
+        """Why a head cannot take part in the competition."""
+        if self.logit_adjustment is not None and not _can_shift(kind):
+            return "it has no intercept to adjust"
+        return None
+
+
+def _can_shift(kind: HeadKind) -> bool:
+    from featcache.heads.base import Head
+
+    return kind.load().shift_scores is not Head.shift_scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The head that was chosen or asked for, and its parameters."""
+
+    head: str
+    kind: HeadKind
+    selection: Selection
+    competition: Competition | None  # None where a head was asked for
+    offsets: NDArray[np.float64] | None  # (K,), what the logit adjustment adds to the scores
+
+
+def choose_head(wishes: Wishes, rows: TrainingRows, *, progress: Progress) -> Choice:
+    """By cross-validation on the training rows."""
+    offsets = _offsets(wishes.logit_adjustment, rows)
+    if wishes.head != AUTO:
+        kind = find_head(wishes.head)
+        selection = select(
+            wishes.head, kind, wishes.given(kind), rows=rows, seed=wishes.seed, progress=progress
+        )
+        return Choice(head=wishes.head, kind=kind, selection=selection, competition=None, offsets=offsets)
+    competition, head, selection = compete(
+        rows,
+        params_of=wishes.given,
+        why_not=wishes.why_not,
+        budget=wishes.budget,
+        seed=wishes.seed,
+        progress=progress,
+    )
+    return Choice(head=head, kind=HEADS[head], selection=selection, competition=competition, offsets=offsets)
+
+
+def _offsets(tau: float | None, rows: TrainingRows) -> NDArray[np.float64] | None:
+    """-tau log p_k (Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 9)."""
+    if tau is None:
+        return None
+    counts = np.bincount(rows.y, minlength=rows.n_classes)
+    offsets: NDArray[np.float64] = -tau * np.log(counts / counts.sum())
+    return offsets
+
+
+def fit_head(choice: Choice, wishes: Wishes, rows: TrainingRows) -> Head:
+    """The chosen head fitted on all training rows."""
+    with head_errors(choice.head, doing="fitted"):
+        if choice.selection.refit:
+            head = choice.selection.refit(choice.selection.params)
+        else:
+            head = build_head(choice.head, choice.selection.params, seed=wishes.seed)
+            views = {"views": rows.views} if choice.kind.uses_views and rows.views else {}
+            head.fit(rows.X, rows.y, **views)
+        if choice.offsets is not None:
+            head.shift_scores(choice.offsets)
+    return head
+
+
+@contextmanager
+def head_errors(head: str, *, doing: str) -> Iterator[None]:
+    """One line for what scikit-learn says of parameters and features that do not go together."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise HeadError(f"{head} cannot be {doing}: {' '.join(str(error).split())}") from error

@@ -1,0 +1,114 @@
+"""What fitting a head gives, as values; `fitting.report` says it in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from featcache.evaluate.abstain import Abstention
+from featcache.evaluate.compete import Competition
+from featcache.evaluate.metrics import Metrics
+from featcache.evaluate.nodes import NodeChoice
+from featcache.evaluate.report import Verdict, judge
+from featcache.evaluate.select import Selection
+from featcache.fitting.outlook import Outlook
+from featcache.fitting.scoring import HeldOut
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """What was fitted, how it was chosen and how good it is on rows it has not seen."""
+
+    head: str
+    asked: str  # the head that was asked for; "auto": they competed
+    params: Mapping[str, Any]
+    searched: tuple[str, ...]
+    selection: Selection
+    competition: Competition | None  # None where a head was asked for
+    logit_adjustment: float | None
+    nodes: tuple[str, ...]
+    num_features: int
+    n_train: int
+    metrics: Metrics  # of the rows held out
+    train_accuracy: float
+    cross_validated: Metrics | None  # of the training rows, each by a head fitted without it
+    uncalibrated_ece: float  # of the rows held out, at a temperature of 1
+    abstention: Abstention | None
+    outlook: Outlook
+    scored_on: str
+    trained_on: str
+    seconds: float
+    fingerprint: str
+    model: str | None  # path of the model file
+    notes: tuple[str, ...]
+    held_out: HeldOut = field(compare=False, repr=False)
+    node_choice: NodeChoice | None = None  # None where the nodes were asked for
+    other_nodes: tuple[str, ...] = ()  # that the store has besides
+
+    @property
+    def chosen_by(self) -> str | None:
+        """How the searched parameters were chosen; None when nothing was searched."""
+        if not self.selection.candidates:
+            return None
+        what = "mean log-loss" if self.selection.criterion == "nll" else "accuracy"
+        return f"{what} in {self.selection.n_folds}-fold cross-validation on the training rows"
+
+    @property
+    def verdict(self) -> Verdict:
+        """Over- or underfitting, and whether the rows scored are as the training rows."""
+        return judge(self.train_accuracy, self.metrics, held_out=self.cross_validated)
+
+    def to_json(self) -> dict[str, Any]:
+        metrics, held = self.metrics.to_json(), self.cross_validated
+        competition = self.competition
+        return {
+            "head": self.head,
+            "asked": self.asked,
+            "params": {name: _finite_or_text(value) for name, value in self.params.items()},
+            "logit_adjustment": self.logit_adjustment,
+            "nodes": list(self.nodes),
+            "node_choice": self.node_choice.to_json() if self.node_choice else None,
+            "num_features": self.num_features,
+            "n_train": self.n_train,
+            "n_test": metrics.pop("n"),
+            **metrics,
+            "train_accuracy": self.train_accuracy,
+            "cv_accuracy": held.accuracy if held else None,
+            "cv_accuracy_ci95": list(held.accuracy_ci95) if held else None,
+            "cv_nll": held.nll if held else None,
+            "uncalibrated_ece": self.uncalibrated_ece,
+            "candidates": [_candidate_json(candidate) for candidate in self.selection.candidates],
+            "chosen_by": self.chosen_by,
+            "heads": [one.to_json() for one in competition.contenders] if competition else [],
+            "left_out": [one.to_json() for one in competition.left_out] if competition else [],
+            "verdict": self.verdict.to_json(),
+            "abstention": self.abstention.to_json() if self.abstention else None,
+            **self.outlook.to_json(),
+            "trained_on": self.trained_on,
+            "scored_on": self.scored_on,
+            "seconds": self.seconds,
+            "fingerprint": self.fingerprint,
+            "model": self.model,
+            "notes": list(self.notes),
+        }
+
+    def describe(self) -> str:
+        """The report a person reads in a terminal."""
+        from featcache.fitting.report import report_lines
+
+        return "\n".join(report_lines(self))
+
+
+def _candidate_json(candidate: Any) -> dict[str, Any]:
+    return {name: _finite_or_none(value) for name, value in candidate.to_json().items()}
+
+
+def _finite_or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _finite_or_text(value: Any) -> Any:
+    """JSON has no infinity, which some of scikit-learn's parameters take."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

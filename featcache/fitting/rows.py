@@ -1,0 +1,147 @@
+"""Which rows of a feature set a head is fitted on, and which it is scored on.
+
+Knows labels, splits, digests and groups, and takes features without looking at them; no heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featcache.errors import HeadError
+from featcache.evaluate.select import TrainingRows
+from featcache.evaluate.splits import Groups, hold_out, make_folds
+from featcache.store.features import FeatureSet
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rows:
+    """Which rows a head is fitted on and which it is scored on, as indices, and how they are called."""
+
+    train: NDArray[np.int64]
+    test: NDArray[np.int64]
+    trained_on: str
+    scored_on: str
+    notes: tuple[str, ...]
+    groups: Groups | None = None  # of all rows
+
+
+def choose_rows(features: FeatureSet, groups: Groups | None = None) -> Rows:
+    """The splits of the data where it has them, else a fifth of the images held out by content.
+
+    groups: of the rows; what is held out here is whole groups, while splits of the data are kept as they are.
+
+    With both a val and a test split, val rows join the training rows, and test is scored. Rows without a
+    label are left out, and so are rows without a split where others have one.
+    """
+    labelled = features.y >= 0
+    if not labelled.any():
+        raise HeadError(
+            "no row has a label, so there is nothing to learn. Embed a folder with one folder a class."
+        )
+    splits = {name: labelled & (features.splits == name) for name in ("train", "val", "test", "")}
+    has = {name: bool(rows.any()) for name, rows in splits.items()}
+    notes = []
+    if not has["train"] and (has["val"] or has["test"]):
+        raise HeadError(
+            "the data has no train rows, only "
+            f"{' and '.join(name for name in ('val', 'test') if has[name])}. Embed the training images too."
+        )
+    if not (has["val"] or has["test"]):
+        name = "train" if has["train"] else ""
+        pool = np.flatnonzero(splits[name])
+        held = hold_out(features.sha256[pool], features.y[pool], groups.take(pool) if groups else None)
+        train, test = pool[~held], pool[held]
+        whole = "train split" if name else "images"
+        trained_on = f"the rest of the {whole}"
+        scored_on = f"a fifth of the {whole}, held out by content"
+        if groups:
+            scored_on = f"some of the {whole}, held out by whole groups of {groups.by}"
+        if not len(test) or not len(train):
+            raise HeadError(_nothing_held_out(groups))
+    else:
+        both = has["val"] and has["test"]
+        train = np.flatnonzero(splits["train"] | splits["val"] if both else splits["train"])
+        scored_on = "test" if has["test"] else "val"
+        trained_on = "train and val" if both else "train"
+        test = np.flatnonzero(splits[scored_on])
+        if both:
+            notes.append("val rows joined the training rows; test was scored")
+    if has["train"] and has[""]:
+        notes.append(f"{int(splits[''].sum())} labelled rows without a split were left out")
+    notes += _warn_of(features, train, test, groups)
+    return Rows(
+        train=train,
+        test=test,
+        trained_on=trained_on,
+        scored_on=scored_on,
+        notes=tuple(notes),
+        groups=groups,
+    )
+
+
+def _nothing_held_out(groups: Groups | None) -> str:
+    if groups:
+        return (
+            f"every class lies in a single group of {groups.by}: no group can be held out to score the head. "
+            "Group by something finer, or give the images train and test splits."
+        )
+    return (
+        "every class has a single image, or there is but one: nothing can be held out to score the head. "
+        "Embed more images, or give them train and test splits."
+    )
+
+
+def _warn_of(
+    features: FeatureSet, train: NDArray[np.int64], test: NDArray[np.int64], groups: Groups | None
+) -> list[str]:
+    """What makes the score on `test` mean less than it seems."""
+    notes = []
+    if groups:
+        mixed = int(np.isin(groups.index[test], groups.index[train]).sum())
+        if mixed:
+            notes.append(
+                f"{mixed} of the {len(test)} rows scored share a group of {groups.by} with rows trained on: "
+                "splits of the data are kept as they are"
+            )
+    digests = np.ascontiguousarray(features.sha256).view("V32").ravel()
+    shared = int(np.isin(digests[test], digests[train]).sum())
+    if shared:
+        notes.append(f"{shared} of the {len(test)} rows scored are images that were also trained on")
+    missing = np.setdiff1d(features.y[test], features.y[train])
+    if len(missing):
+        names = ", ".join(features.classes[k] for k in missing[:5])
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        notes.append(f"not in the training rows, so counted as errors: {names}{more}")
+    return notes
+
+
+def training_rows(features: FeatureSet, rows: Rows, class_weight: str | None, *, seed: int) -> TrainingRows:
+    """What choosing and fitting may see. HeadError: the training rows hold one class only."""
+    from featcache.heads.base import class_weights
+
+    known, y = np.unique(features.y[rows.train], return_inverse=True)
+    if len(known) < 2:
+        raise HeadError(
+            f"the training rows hold one class only ({features.classes[known[0]]}). A head tells classes "
+            "apart: embed images of another class as well."
+        )
+    groups = rows.groups.take(rows.train) if rows.groups else None
+    weights = class_weights(class_weight, y, n_classes=len(known))[y] if class_weight else None
+    return TrainingRows(
+        X=take_rows(features.X, rows.train),
+        y=y,
+        folds=make_folds(features.sha256[rows.train], y, seed=seed, groups=groups),
+        views=tuple(take_rows(view, rows.train) for view in features.views),
+        weights=weights,
+    )
+
+
+def take_rows(X: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[Any]:
+    """These rows of X, ascending: a view where they follow one another, else a copy."""
+    together = len(rows) and rows[-1] - rows[0] + 1 == len(rows)
+    taken: NDArray[Any] = X[rows[0] : rows[-1] + 1] if together else X[rows]
+    return taken

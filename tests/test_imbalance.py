@@ -1,0 +1,261 @@
+"""Classes of unequal size, of one image, missing on one side, few or very many."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from gaussians import gaussian_features, take, write_store
+
+from featcache.cli import main
+from featcache.commands.fit import fit
+from featcache.errors import HeadError
+from featcache.evaluate.metrics import log_losses
+from featcache.fitting import FitResult, fit_features
+from featcache.heads import HEADS
+from featcache.heads.base import Head, class_weights
+from featcache.model import Model
+from featcache.store.features import FeatureSet
+
+WEIGHTED = [name for name, kind in HEADS.items() if kind.weighted]
+CHEAP = ["ncm", "lda", "ridge", "logistic", "knn"]
+
+
+def uneven(n: int = 400, *, share: float = 0.06, gap: float = 1.2, seed: int = 0) -> FeatureSet:
+    """Two classes that overlap, the second a small share of the training rows and half of the test rows."""
+    features = gaussian_features({"train": n, "test": 400}, k=2, d=4, gap=gap, seed=seed)
+    rare = np.flatnonzero((features.splits == "train") & (features.y == 1))
+    keep = np.ones(len(features), dtype=bool)
+    keep[rare[int(share * n) :]] = False
+    return take(features, keep)
+
+
+def run(features: FeatureSet, **options: Any) -> tuple[FitResult, Model]:
+    return fit_features(features, curve=False, **options)
+
+
+@pytest.mark.parametrize("head", WEIGHTED)
+def test_balanced_weights_raise_the_accuracy_of_the_rare_class(head: str) -> None:
+    params = {"epochs": 5} if head in ("linear", "mlp") else None
+    plain, weighted = (
+        run(uneven(), head=head, params=params, class_weight=weight)[0] for weight in (None, "balanced")
+    )
+    assert weighted.metrics.per_class[1].accuracy > plain.metrics.per_class[1].accuracy + 0.1  # type: ignore[operator]
+    assert weighted.metrics.mean_per_class_accuracy > plain.metrics.mean_per_class_accuracy
+
+
+def test_with_balanced_weights_losses_are_weighted_in_the_choice_as_well() -> None:
+    features = uneven()
+    result, _ = run(features, head="ridge", class_weight="balanced")
+    found = result.selection.out_of_fold
+    assert found is not None
+    counts = np.bincount(features.y[features.splits == "train"])
+    weights = len(found.y) / (2 * counts[found.y])  # as scikit-learn has them
+    np.testing.assert_allclose(found.weights, weights, rtol=1e-9)
+    by_hand = np.mean([log_losses(found.y, found.probabilities)[found.y == k].mean() for k in (0, 1)])
+    assert result.selection.best is not None
+    assert result.selection.best.nll == pytest.approx(by_hand)
+
+
+def test_weights_of_classes_are_scikit_learns() -> None:
+    from sklearn.utils.class_weight import compute_class_weight
+
+    y = np.array([0] * 7 + [1] * 2 + [2])
+    theirs = compute_class_weight("balanced", classes=np.arange(3), y=y)
+    np.testing.assert_allclose(class_weights("balanced", y, n_classes=3), theirs)
+    np.testing.assert_array_equal(class_weights(None, y, n_classes=3), np.ones(3))
+
+
+def test_all_heads_compete_by_weighted_losses_and_the_table_says_so() -> None:
+    result, _ = run(uneven(), class_weight="balanced")
+    assert result.competition is not None
+    assert result.competition.weighted
+    assert {"ncm", "knn"} <= {one.head for one in result.competition.contenders}
+    header = next(line for line in result.describe().splitlines() if "above the best" in line)
+    assert "mean per class" in header
+    assert result.metrics.mean_per_class_accuracy > run(uneven())[0].metrics.mean_per_class_accuracy
+
+
+def test_a_logit_adjustment_moves_the_log_odds_by_the_classes_shares() -> None:
+    features = uneven()
+    plain, model = run(features, head="logistic")
+    adjusted, other = run(features, head="logistic", logit_adjustment=1.0)
+    shares = np.bincount(features.y[features.splits == "train"]) / plain.n_train
+    before, after = (np.log(some.predict_proba(features.X)) for some in (model, other))
+    odds = (after[:, 1] - after[:, 0]) - (before[:, 1] - before[:, 0])
+    np.testing.assert_allclose(odds, np.log(shares[0] / shares[1]), rtol=1e-6)
+    assert adjusted.selection == plain.selection
+    assert adjusted.metrics.mean_per_class_accuracy > plain.metrics.mean_per_class_accuracy + 0.05
+    assert "logits adjusted by 1" in adjusted.describe()
+    assert adjusted.cross_validated is not None
+    assert plain.cross_validated is not None
+    # What is said of cross-validation is of adjusted heads too.
+    rare = [some.per_class[1].accuracy for some in (adjusted.cross_validated, plain.cross_validated)]
+    assert rare[0] > rare[1]  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("head", CHEAP)
+def test_a_logit_adjustment_is_taken_or_refused_by_every_head(head: str) -> None:
+    able = HEADS[head].load().shift_scores is not Head.shift_scores
+    if able:
+        assert run(uneven(), head=head, logit_adjustment=0.5)[0].logit_adjustment == 0.5
+        return
+    with pytest.raises(HeadError, match=f"{head} has no intercept that a logit adjustment could move. Heads"):
+        run(uneven(), head=head, logit_adjustment=0.5)
+
+
+def test_heads_without_an_intercept_sit_out_a_competition_with_logit_adjustment() -> None:
+    result, _ = run(uneven(), logit_adjustment=1.0)
+    assert result.competition is not None
+    assert {one.head: one.why for one in result.competition.left_out}[
+        "knn"
+    ] == "it has no intercept to adjust"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"head": "knn", "class_weight": "balanced"}, "knn cannot weight classes. Heads that can: "),
+        ({"head": "ridge", "class_weight": "even"}, "class_weight is 'balanced' or None, not 'even'"),
+        ({"head": "ridge", "logit_adjustment": -1.0}, "number above 0, not -1.0"),
+        ({"budget": 0.0}, "the budget is a number of seconds above 0"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_in_one_line(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(HeadError, match=words) as caught:
+        run(uneven(), **options)
+    assert "\n" not in str(caught.value)
+
+
+def check(result: FitResult) -> None:
+    """The report is whole, whatever there was to report."""
+    report = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert 0 <= report["accuracy"] <= 1
+    assert "next: " in result.describe()
+
+
+@pytest.mark.parametrize(
+    ("splits", "k"),
+    [
+        ({"train": 6, "test": 6}, 6),  # one image a class
+        ({"": 12}, 6),  # two
+        ({"": 7}, 3),
+        ({"train": 40, "test": 10}, 2),
+        ({"train": 7, "test": 1}, 6),
+        ({"train": 2, "val": 1}, 2),
+    ],
+)
+def test_heads_compete_however_few_the_images(splits: dict[str, int], k: int) -> None:
+    check(run(gaussian_features(splits, k=k, d=8))[0])
+
+
+def test_a_class_missing_on_either_side_is_counted_and_named() -> None:
+    features = gaussian_features({"train": 90, "test": 30}, k=3)
+    no_train = take(features, (features.splits == "test") | (features.y != 2))
+    result, model = run(no_train)
+    check(result)
+    assert model.classes == ("class0", "class1")
+    assert result.metrics.per_class[2].accuracy == 0
+    assert any("not in the training rows" in note for note in result.notes)
+    no_test = take(features, (features.splits == "train") | (features.y != 2))
+    result, model = run(no_test)
+    check(result)
+    assert len(model.classes) == 3
+    assert result.metrics.per_class[2].accuracy is None
+
+
+def test_rows_without_a_label_take_no_part() -> None:
+    features = gaussian_features({"train": 90, "test": 30})
+    y = features.y.copy()
+    y[::7] = -1
+    result, _ = run(replace(features, y=y))
+    expected, _ = run(take(features, y >= 0))
+    assert result.competition == expected.competition
+    assert result.metrics.n == expected.metrics.n
+
+
+def test_a_class_whose_images_are_all_of_one_fold_is_scored_as_unknown_there() -> None:
+    features = gaussian_features({"train": 60, "test": 30}, k=3)
+    sha256 = features.sha256.copy()
+    copies = np.flatnonzero((features.y == 2) & (features.splits == "train"))
+    sha256[copies[1:]] = sha256[copies[0]]  # one image, many times: no fold may hold it out
+    result, _ = run(replace(features, sha256=sha256))
+    check(result)
+    found = result.selection.out_of_fold
+    assert found is not None
+    assert 2 not in found.y
+
+
+def test_a_thousand_classes() -> None:
+    features = gaussian_features({"train": 3000, "test": 1000}, k=1000, d=24, gap=0)
+    centres = np.random.default_rng(0).normal(size=(1000, 24)) * 4
+    features = replace(features, X=(features.X + centres[features.y]).astype(np.float32))
+    result, _ = run(features, budget=0.2)
+    assert result.competition is not None
+    assert "logistic" in {one.head for one in result.competition.left_out}
+    assert result.metrics.accuracy > 0.5
+    check(result)
+    assert len(result.describe().splitlines()) < 60
+
+
+def test_shots_precision_and_the_curve_are_in_the_report(tmp_path: Path) -> None:
+    path = write_store(tmp_path / "s.h5", gaussian_features({"train": 240, "test": 120}, gap=1.5))
+    result = fit(path, head="ridge", shots=(1, 4, 16), tries=5, precision=0.9)
+    report = json.loads((tmp_path / "s.model.json").read_text())
+    shots = report["shots"]
+    assert [row["shots"] for row in shots] == [1, 4, 16]
+    assert shots[0]["mean"] < shots[2]["mean"]
+    assert report["abstention"]["wish"] == 0.9
+    assert report["learning_curve"]["points"][-1]["accuracy"] == pytest.approx(report["accuracy"])
+    said = result.describe()
+    for words in ("by labelled images a class", "in cross-validation", "accuracy by training rows"):
+        assert words in said
+    without = fit(path, head="ridge", curve=False)
+    assert without.outlook.curve is None
+    assert without.metrics == result.metrics
+
+
+def test_the_command_line_takes_what_the_function_takes(tmp_path: Path) -> None:
+    path = write_store(tmp_path / "s.h5", gaussian_features({"": 240}, gap=1.5))
+    options = (
+        "--head ridge --class-weight balanced --logit-adjustment 0.5 --shots 1,2 --tries 3 --precision 0.8 "
+        "--no-curve --nodes all --group-by similar:0.999"
+    )
+    ran = CliRunner().invoke(main, f"fit {path} -q --json {options}")
+    assert ran.exit_code == 0, ran.output
+    expected = fit(
+        path,
+        head="ridge",
+        class_weight="balanced",
+        logit_adjustment=0.5,
+        shots=(1, 2),
+        tries=3,
+        precision=0.8,
+        curve=False,
+        nodes="all",
+        group_by="similar:0.999",
+    )
+    report = json.loads(ran.stdout)
+    assert {**report, "seconds": 0} == json.loads(json.dumps({**expected.to_json(), "seconds": 0}))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--shots", "1,x"], "not a list of numbers from 1"),
+        (["--shots", "0"], "not a list of numbers from 1"),
+        (["--budget", "0"], "not in the range"),
+        (["--precision", "1"], "not in the range"),
+        (["--nodes", "some"], "not one of"),
+        (["--class-weight", "even"], "not 'balanced'"),
+    ],
+)
+def test_options_that_mean_nothing_are_a_usage_error(options: list[str], words: str) -> None:
+    ran = CliRunner().invoke(main, ["fit", "s.h5", *options])
+    assert ran.exit_code == 2
+    assert words in ran.output

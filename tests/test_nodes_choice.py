@@ -1,0 +1,192 @@
+"""Which nodes are put together: chosen on the training rows, by a judge that is ridge regression."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gaussians import PROVENANCE, gaussian_features
+from sklearn.linear_model import Ridge
+from sklearn.preprocessing import StandardScaler
+
+from featcache.commands.fit import fit
+from featcache.errors import HeadError
+from featcache.evaluate.nodes import PENALTIES, _Judge, choose_nodes
+from featcache.evaluate.splits import Folds
+from featcache.fitting.rows import choose_rows
+from featcache.heads.ridge import RidgeHead
+from featcache.model import Model
+from featcache.records import NO_FILE, ImageRecord, RowStatus
+from featcache.spec import FeatureNode
+from featcache.store.features import FeatureSet
+from featcache.store.layout import SOURCE_DTYPE, RowTable, create_store
+from featcache.store.reader import FeatureStore
+from featcache.store.writer import StoreWriter
+
+
+def write_nodes(path: Path, features: FeatureSet, columns: Mapping[str, Any]) -> Path:
+    """A store whose nodes are some of the columns of `features` each."""
+    nodes = tuple(FeatureNode(name=name, num_features=len(taken)) for name, taken in columns.items())
+    spec = replace(features.spec, nodes=nodes)
+    records = tuple(
+        ImageRecord(path=name, stat=NO_FILE, label=features.classes[label], split=split or None)
+        for name, label, split in zip(
+            features.ids, features.y.tolist(), features.splits.tolist(), strict=True
+        )
+    )
+    n = len(features)
+    table = RowTable.from_records(records, features.classes)
+    create_store(path, spec=spec, table=table, provenance=PROVENANCE, block_rows=n)
+    sources = np.zeros(n, SOURCE_DTYPE)
+    sources["sha256"] = features.sha256
+    with StoreWriter(FeatureStore.open(path, check=False).layout) as writer:
+        vectors = {node.key: features.X[:, columns[node.name]] for node in nodes}
+        status = np.full(n, RowStatus.OK, dtype=np.uint8)
+        writer.write_block(0, features=vectors, row_status=status, sources=sources)
+    return path
+
+
+def three_parts(n: int = 300, *, seed: int = 0) -> tuple[dict[str, Any], Any, Folds]:
+    """Node b tells classes 0 and 1 apart, node c tells 2 from the others, node a nothing."""
+    rng = np.random.default_rng(seed)
+    y = np.arange(n) % 3
+    parts = {
+        "a": rng.normal(size=(n, 6)),
+        "b": rng.normal(size=(n, 4)) + 2.5 * np.array([-1, 1, 0])[y, None],
+        "c": rng.normal(size=(n, 3)) + 2.5 * np.array([0, 0, 1])[y, None],
+    }
+    fold = rng.permutation(n) % 3
+    return parts, y, Folds(fold=fold, n_folds=3)
+
+
+def test_nodes_that_add_something_are_taken_and_others_are_not() -> None:
+    parts, y, folds = three_parts()
+    choice = choose_nodes(parts, y, folds)
+    assert set(choice.nodes) == {"b", "c"}
+    assert choice.refused is not None
+    assert choice.refused.nodes == (*choice.nodes, "a")
+    assert choice.steps[-1].nll < choice.steps[0].nll
+    assert choice.steps[0].num_features == len(parts[choice.nodes[0]][0])
+    assert choice == choose_nodes(parts, y, folds)
+
+
+@pytest.mark.parametrize("n", [300, 12])
+def test_the_judge_is_ridge_regression_without_the_fold(n: int) -> None:
+    parts, y, folds = three_parts(n)
+    judge = _Judge(parts, y, folds)
+    penalty = PENALTIES[2]
+    scores = judge._scores(("b",), ("a", "c"), penalty)
+    Z = {key: StandardScaler().fit_transform(X) for key, X in parts.items()}  # on all rows, as the judge
+    sign = np.where(y[:, None] == np.arange(3), 1.0, -1.0)
+    for key, found in scores.items():
+        both = np.concatenate([Z["b"], Z[key]], axis=1)
+        for fold in range(3):
+            held = folds.fold == fold
+            theirs = Ridge(alpha=penalty * (~held).sum()).fit(both[~held], sign[~held])
+            np.testing.assert_allclose(found[held], theirs.predict(both[held]), atol=2e-4)
+
+
+def test_a_node_wider_than_there_are_rows_is_judged_on_axes_of_its_own() -> None:
+    rng = np.random.default_rng(0)
+    y, fold = np.arange(40) % 2, np.arange(40) // 2 % 3
+    X = rng.normal(size=(40, 200)) + 0.5 * y[:, None]
+    judge = _Judge({"wide": X}, y, Folds(fold=fold, n_folds=3))
+    assert judge.Z[0].shape[1] == 39
+    found = judge._scores((), ("wide",), 0.1)["wide"]
+    held = fold == 0
+    Z = StandardScaler().fit_transform(X)
+    head = Ridge(alpha=0.1 * (~held).sum()).fit(Z[~held], np.where(y[~held, None] == [0, 1], 1.0, -1.0))
+    np.testing.assert_allclose(found[held], head.predict(Z[held]), atol=2e-4)
+
+
+def test_without_folds_nodes_cannot_be_compared() -> None:
+    parts, y, _ = three_parts()
+    with pytest.raises(ValueError, match="no row could be held out"):
+        choose_nodes(parts, y, Folds(fold=np.full(300, -1), n_folds=0))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    features = gaussian_features({"train": 240, "test": 60}, k=4, d=9, gap=2.5)
+    columns = {"first": [0, 4, 5], "second": [1, 2, 3], "noise": [6, 7, 8]}
+    return write_nodes(tmp_path / "s.h5", features, columns)
+
+
+def test_nodes_of_a_store_are_chosen_named_or_all_and_the_model_remembers_them(store: Path) -> None:
+    chosen = fit(store, head="ridge", nodes="auto", curve=False)
+    assert set(chosen.nodes) == {"first", "second"}
+    assert chosen.node_choice is not None
+    assert chosen.num_features == 6
+    assert (
+        "nodes chosen by ridge regression in 3-fold cross-validation on 240 training rows"
+        in chosen.describe()
+    )
+    model = Model.load(store.with_suffix(".model"))
+    assert tuple(node.key for node in model.nodes) == chosen.nodes
+    everything = fit(store, head="ridge", nodes="all", curve=False)
+    assert everything.nodes == ("first", "second", "noise")
+    named = fit(store, head="ridge", node=["second", "first", "second"], curve=False)
+    assert named.nodes == ("second", "first")
+    assert named.metrics.accuracy == pytest.approx(chosen.metrics.accuracy, abs=0.05)
+    one = fit(store, head="ridge", curve=False)
+    assert (one.nodes, one.other_nodes) == (("first",), ("second", "noise"))
+    assert chosen.metrics.accuracy > one.metrics.accuracy + 0.1
+
+
+def test_a_store_of_one_node_has_nothing_to_choose(tmp_path: Path) -> None:
+    path = write_nodes(tmp_path / "s.h5", gaussian_features(), {"only": [0, 1, 2, 3, 4]})
+    result = fit(path, head="ncm", nodes="auto")
+    assert (result.nodes, result.node_choice) == (("only",), None)
+
+
+def test_nodes_are_named_or_chosen_not_both(store: Path) -> None:
+    with pytest.raises(HeadError, match="nodes are named, or auto"):
+        fit(store, node="first", nodes="auto")
+    with pytest.raises(HeadError, match="'auto' or 'all', not 'some'"):
+        fit(store, nodes="some")
+
+
+def test_the_nodes_that_are_chosen_do_not_depend_on_the_rows_that_are_scored(tmp_path: Path) -> None:
+    features = gaussian_features({"train": 240, "test": 60}, k=4, d=9, gap=1)
+    columns = {"first": [0, 4, 5], "second": [1, 2, 3], "noise": [6, 7, 8]}
+    X = features.X.copy()
+    X[240:] = np.random.default_rng(0).normal(size=(60, 9)) * 50
+    paths = [
+        write_nodes(tmp_path / f"{i}.h5", replace(features, X=values), columns)
+        for i, values in enumerate((features.X, X))
+    ]
+    first, second = (fit(path, head="ncm", nodes="auto") for path in paths)
+    assert first.node_choice == second.node_choice
+
+
+def test_the_best_of_many_nodes_on_random_labels_is_at_chance(tmp_path: Path) -> None:
+    """Trap: a score that the choice was made by. Picked by their score, the same nodes are far above chance."""
+    right, best_right, total = 0.0, 0.0, 0
+    columns = {f"n{i}": list(range(3 * i, 3 * i + 3)) for i in range(60)}
+    for seed in range(4):
+        features = gaussian_features({"": 450}, k=3, d=180, gap=0, seed=seed)
+        features = replace(features, y=np.random.default_rng(50 + seed).integers(0, 3, size=450))
+        path = write_nodes(tmp_path / f"{seed}.h5", features, columns)
+        result = fit(path, nodes="auto", curve=False)
+        assert result.node_choice is not None
+        n = result.metrics.n
+        right, total = right + result.metrics.accuracy * n, total + n
+        best_right += best_on_test(features, columns) * n
+    bound = 3 * (2 / 9 / total) ** 0.5  # three standard deviations of a binomial with p = 1/3
+    assert abs(right / total - 1 / 3) < bound
+    assert best_right / total - 1 / 3 > bound
+
+
+def best_on_test(features: FeatureSet, columns: Mapping[str, list[int]]) -> float:
+    rows = choose_rows(features)
+    hits = [
+        RidgeHead().fit(features.X[rows.train][:, taken], features.y[rows.train]).score(
+            features.X[rows.test][:, taken], features.y[rows.test]
+        )
+        for taken in columns.values()
+    ]  # fmt: skip
+    return float(max(hits))
