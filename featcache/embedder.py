@@ -26,7 +26,7 @@ from featcache.engines import (
     other_engines,
     setup_seconds,
 )
-from featcache.engines.agreement import compare_engines, compare_pixels, probe_pixels
+from featcache.engines.agreement import compare_pixels, probe_pixels, require_agreement
 from featcache.engines.choice import Candidate, choose_engine
 from featcache.errors import DeviceError, SpecMismatch
 from featcache.images.decode import Decoder
@@ -239,13 +239,7 @@ class Embedder:
         shown = None if samples is None else (lambda: samples("exact"))
         pixels = probe_pixels(ready.spec.preprocessing.crop_size, shown)
         exact = self._in_float32(ready)
-        agreement = compare_engines(engine, exact, pixels)
-        like = None if exact is ready.engine else compare_engines(ready.engine, exact, pixels)
-        if not agreement.passed_like(like):
-            raise DeviceError(
-                f"the engine {name} does not compute here what {exact.name} does "
-                f"({agreement.describe()}): pass another --engine"
-            )
+        agreement = require_agreement(engine, exact=exact, reference=ready.engine, pixels=pixels)
         why = {"asked": self._engine, "agreement": {name: agreement.to_json()}}
         said = f"engine {name}; against {exact.name} over {len(pixels)} images: {agreement.describe()}"
         self.ready = replace(ready, engine=engine, why=why, said=said)

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from featcache.heads.base import Head
 
 ENCODING_TYPE = "featcache-model"
-ENCODING_VERSION = 2  # 1: one node, no network of its own; such models are still written as 1
+# 1: one node, no network of its own, no record of the images; such models are still written as 1
+ENCODING_VERSION = 2
+TRAINED_ON = "trained_on"  # the array of `image_keys`
 NETWORK = "network."  # before the names of the tensors of a fine-tuned backbone
 
 # What the rebuilding of a head raises on odd content; skops, whose archives are zip files, adds its own.
@@ -66,6 +68,7 @@ class Model:
     network: the state dict of the backbone without its classifier where it was fine-tuned, else empty.
     provenance: of the store, with at least the request for the backbone and the identity of its weights.
     metrics: of the rows held out. chosen: how the parameters were chosen.
+    trained_on: `image_keys` of the images the head was fitted on; empty where that is not known.
     """
 
     head_name: str
@@ -79,6 +82,7 @@ class Model:
     metrics: Mapping[str, Any]
     chosen: Mapping[str, Any]
     network: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    trained_on: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
 
     @property
     def num_features(self) -> int:
@@ -156,10 +160,13 @@ class Model:
         about |= {"node": self.nodes[0].key} if one else {"nodes": [node.key for node in self.nodes]}
         arrays = {name: np.asarray(array, order="C") for name, array in self.arrays.items()}
         arrays |= {NETWORK + name: np.asarray(array, order="C") for name, array in self.network.items()}
+        if len(self.trained_on):
+            arrays[TRAINED_ON] = np.asarray(self.trained_on, dtype=np.uint64)
+        plain = one and not self.network and not len(self.trained_on)
         text = json.dumps(about, sort_keys=True)
         metadata = {
             "encoding-type": ENCODING_TYPE,
-            "encoding-version": "1" if one and not self.network else str(ENCODING_VERSION),
+            "encoding-version": "1" if plain else str(ENCODING_VERSION),
             "model": text,
             "digest": content_digest(text, arrays),
         }
@@ -183,10 +190,14 @@ class Model:
             )
         try:
             network = {name: arrays.pop(name) for name in sorted(arrays) if name.startswith(NETWORK)}
+            trained_on = arrays.pop(TRAINED_ON, np.zeros(0, np.uint64))
+            if trained_on.dtype != np.uint64 or trained_on.ndim != 1:
+                raise ValueError(f"{TRAINED_ON} is a list of keys of images")
             model = cls(
                 **_fields(json.loads(metadata["model"])),
                 arrays=arrays,
                 network={name.removeprefix(NETWORK): array for name, array in network.items()},
+                trained_on=trained_on,
             )
             kind_arrays = find_head(model.head_name).arrays
         except _DESCRIPTION_ERRORS as error:
@@ -199,6 +210,11 @@ def _require_probabilities(given: NDArray[Any], *, shape: tuple[int, int]) -> No
     """ValueError when a head does not answer with probabilities; a forged one may."""
     if given.shape != shape or not np.allclose(given.sum(axis=1), 1, atol=1e-6):
         raise ValueError(f"it does not give probabilities of {shape[1]} classes")
+
+
+def image_keys(sha256: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """The first 8 bytes of digests (n, 32), as numbers: two images share them by a chance of 2**-64."""
+    return np.ascontiguousarray(sha256[:, :8]).view("<u8").ravel().astype(np.uint64)
 
 
 def content_digest(text: str, arrays: Mapping[str, NDArray[Any]]) -> str:

@@ -20,9 +20,9 @@ import pytest
 from gaussians import PROVENANCE, gaussian_features
 from safetensors.numpy import load, save, save_file
 
-from featcache.commands.fit import fit_features
 from featcache.commands.info import info
 from featcache.errors import DiskError, ModelError
+from featcache.fitting import fit_features
 from featcache.heads import HEADS
 from featcache.model import Model, content_digest
 
@@ -106,8 +106,8 @@ def test_a_model_file_is_a_safetensors_file_that_says_what_it_is(saved: Path) ->
     data = saved.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     metadata = json.loads(data[8 : 8 + length])["__metadata__"]
-    assert (metadata["encoding-type"], metadata["encoding-version"]) == ("featcache-model", "1")
-    assert set(load(data)) == {"coef", "intercept"}
+    assert (metadata["encoding-type"], metadata["encoding-version"]) == ("featcache-model", "2")
+    assert set(load(data)) == {"coef", "intercept", "trained_on"}
 
 
 @pytest.mark.parametrize(

@@ -6,22 +6,44 @@ import csv
 import io
 import json
 import os
+import signal
+import subprocess
 import sys
+import time
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from featcache.backbones import load_backbone
+from featcache.cli import main
 from featcache.commands.embed import embed
 from featcache.commands.fit import fit
-from featcache.commands.predict import PredictResult, predict
-from featcache.errors import BackboneError, DataError, ModelError
+from featcache.commands.predict import (
+    PredictionStream,
+    PredictResult,
+    csv_lines,
+    iter_predictions,
+    json_lines,
+    json_list,
+    predict,
+    text_lines,
+)
+from featcache.errors import BackboneError, DataError, DeviceError, ModelError
+from featcache.images.decode import load_pictures
+from featcache.images.identity import ImageFailure
+from featcache.inference import answer_batch
+from featcache.lanes import EmbeddedBatch, EmbeddedImage
 from featcache.model import Model
+from featcache.records import NO_FILE, RowStatus
+from featcache.request import recorded_decoder
+from featcache.spec import Picture
 from featcache.store.reader import FeatureStore
 
 TOY = "channel_mean:channel_mean"
@@ -293,3 +315,195 @@ def test_float16_stores_are_predicted_through_float16(work: Work, tmp_path: Path
     expected = model.predict_proba(features.X).max(axis=1)
     answers = predict(tmp_path / "s.model", [work.photos], **alike).predictions
     np.testing.assert_allclose([p.probability for p in answers], expected, atol=1e-9)
+
+
+def ask_one_by_one(work: Work, *images: Path, **options: Any) -> PredictionStream:
+    return iter_predictions(work.model, images or [work.photos], **{"backbone": TOY, **options})
+
+
+def test_one_by_one_they_are_the_same_in_the_same_order(work: Work, mixed: list[Path]) -> None:
+    together = ask(work, *mixed, work.photos, batch_size=4)
+    stream = ask_one_by_one(work, *mixed, work.photos, batch_size=4)
+    assert tuple(stream) == together.predictions
+    assert stream.failed == together.failed == 3
+
+
+def test_the_first_answer_is_there_before_the_last_image_is_read(work: Work, tmp_path: Path) -> None:
+    images = [paint(tmp_path / f"{i:02d}.png", channel=0, seed=i) for i in range(60)]
+    stream = ask_one_by_one(work, *images, batch_size=1, workers=1)
+    first = next(stream)
+    # Nothing but what is in work already can have been read: the last image still changes its answer.
+    images[-1].write_bytes(b"no picture any more")
+    assert (first.path, first.label) == (str(images[0]), "red")
+    rest = list(stream)
+    assert [answer.error is None for answer in rest] == [True] * 58 + [False]
+
+
+def test_every_format_hands_on_each_answer_as_it_comes(work: Work) -> None:
+    answers = ask(work, *work.images[:3]).predictions
+    for written in (text_lines, csv_lines, json_lines, json_list):
+        taken = 0
+
+        def one_by_one() -> Any:
+            nonlocal taken
+            for answer in answers:
+                taken += 1
+                yield answer
+
+        pieces = written(one_by_one())
+        header = next(pieces) if written is csv_lines else ""
+        assert taken == (0 if header else taken)
+        for n in range(1, 4):
+            piece = next(pieces)
+            assert taken == n
+            assert answers[n - 1].path in piece
+
+
+def test_the_formats_say_the_same(work: Work, mixed: list[Path]) -> None:
+    result = ask(work, *mixed)
+    assert json.loads("".join(json_list(result.predictions))) == result.to_json()
+    assert json.loads("".join(json_list(()))) == []
+    lines = "".join(json_lines(result.predictions)).splitlines()
+    assert [json.loads(line) for line in lines] == result.to_json()
+
+
+def test_a_long_name_does_not_push_the_others(work: Work, tmp_path: Path) -> None:
+    names = [tmp_path / "a.png", tmp_path / ("long" * 40 + ".png")]
+    for path in names:
+        paint(path, channel=0, seed=1)
+    short, long = ask(work, *names).describe().splitlines()
+    assert short.startswith(f"{names[0]!s:40}  red ")
+    assert long.startswith(f"{names[1]}  red ")
+
+
+def test_short_names_stand_in_a_column(work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "longer.png"):
+        paint(Path(name), channel=0, seed=1)
+    result = CliRunner().invoke(
+        main, ["predict", str(work.model), "a.png", "longer.png", "--backbone", TOY, "-q"]
+    )
+    assert [line.partition("  red")[0] for line in result.stdout.splitlines()] == ["a.png     ", "longer.png"]
+
+
+@pytest.mark.parametrize("views", [1, 2, 5])
+def test_views_are_averaged(work: Work, views: int) -> None:
+    model = Model.load(work.model)
+    pre = model.spec.preprocessing
+    pictures = [Picture(preprocessing=pre, view=view, seed=7) for view in range(views)]
+    for answer, image in zip(
+        ask(work, *work.images[:4], views=views, seed=7).predictions, work.images, strict=False
+    ):
+        loaded = load_pictures(image, pictures, decoder=recorded_decoder(model.provenance))
+        assert not isinstance(loaded, ImageFailure)
+        # The toy's feature by hand: the mean of each channel of (x / 255 - 0.5) / 0.5.
+        means = np.array([(pixels / 255 - 0.5).mean((0, 1)) / 0.5 for pixels in loaded.pixels])
+        expected = model.predict_proba(means.astype(np.float32)).mean(axis=0)
+        assert answer.label == model.classes[int(expected.argmax())]
+        for label, p in answer.topk:
+            assert same(p, expected[model.classes.index(label)])
+    with pytest.raises(ValueError, match="views"):
+        ask(work, views=0)
+
+
+def test_an_unsure_answer_has_no_label_and_keeps_the_candidates(work: Work) -> None:
+    plain = ask(work).predictions
+    threshold = sorted(answer.probability or 0.0 for answer in plain)[15]
+    careful = ask(work, abstain_below=threshold)
+    assert [answer.label == "" for answer in careful.predictions].count(True) == 15
+    for answer, before in zip(careful.predictions, plain, strict=True):
+        assert (answer.topk, answer.probability) == (before.topk, before.probability)
+        sure = (before.probability or 0.0) >= threshold
+        assert answer.label == (before.label if sure else "")
+        said = answer.describe()
+        assert said.startswith(f"{before.label} " if sure else f"(unsure)  ({before.label} ")
+    rows = list(csv.DictReader(io.StringIO(careful.to_csv())))
+    assert [row["label"] for row in rows] == [answer.label for answer in careful.predictions]
+    assert careful.failed == 0
+    with pytest.raises(ValueError, match="abstain_below"):
+        ask(work, abstain_below=1.5)
+
+
+def test_features_that_are_not_finite_are_a_failure(work: Work) -> None:
+    model = Model.load(work.model)
+    half = replace(model, spec=replace(model.spec, store_dtype="float16"))
+    rows = np.array([[0.1, 0.2, 0.3], [1e6, 0.0, 0.0], [np.nan, 0.0, 0.0]], dtype=np.float32)
+    fine = EmbeddedImage(sha256=bytes(32), stat=NO_FILE)
+    batch = EmbeddedBatch(outcomes=[fine] * 3, features={model.nodes[0].key: rows})
+    for asked, good in ((model, [True, True, False]), (half, [True, False, False])):
+        answered = answer_batch(asked, batch)
+        assert np.isfinite(answered.probabilities).all(axis=1).tolist() == good
+        bad = answered.outcomes[2]
+        assert isinstance(bad, ImageFailure)
+        assert (bad.status, bad.reason) == (
+            RowStatus.NON_FINITE,
+            f"its features are not finite in {asked.spec.store_dtype}",
+        )
+
+
+@pytest.mark.parametrize("engine", ["torch-eager", "onnx", "auto"])
+def test_every_engine_gives_the_same_answers(work: Work, engine: str) -> None:
+    if engine == "onnx":
+        pytest.importorskip("onnxruntime")
+    for one, other in zip(
+        ask(work, engine=engine, device="cpu").predictions, ask(work).predictions, strict=True
+    ):
+        assert (one.label, one.path) == (other.label, other.path)
+        assert same(one.probability, other.probability)
+
+
+def test_an_engine_that_there_is_not_is_one_line(work: Work) -> None:
+    with pytest.raises(DeviceError, match="there is no engine 'fast'"):
+        ask(work, work.images[0], engine="fast")
+
+
+def test_the_shell_prints_a_line_an_image_in_every_format(work: Work, mixed: list[Path]) -> None:
+    asked = ["predict", str(work.model), *map(str, mixed), "--backbone", TOY, "-q"]
+    expected = ask(work, *mixed)
+    for flags, said in (
+        ([], expected.describe() + "\n"),
+        (["--csv"], expected.to_csv()),
+        (["--json"], json.dumps(expected.to_json()) + "\n"),
+        (["--jsonl"], "".join(json_lines(expected.predictions))),
+    ):
+        result = CliRunner().invoke(main, [*asked, *flags])
+        assert (result.exit_code, result.stdout) == (3, said)
+    for two in (["--json", "--jsonl"], ["--csv", "--jsonl"], ["--csv", "--json"]):
+        assert CliRunner().invoke(main, [*asked, *two]).exit_code == 2
+
+
+def test_an_interrupted_run_leaves_whole_lines(work: Work) -> None:
+    # More than a pipe holds, so that the run cannot end before it is interrupted.
+    command = [sys.executable, "-m", "featcache", "predict", str(work.model), *map(str, work.images * 50)]
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    running = subprocess.Popen(
+        [*command, "--backbone", TOY, "-q", "--jsonl"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,  # or `communicate` would miss what `readline` has read ahead
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert running.stdout is not None
+    lines = [running.stdout.readline()]
+    time.sleep(0.2)
+    running.send_signal(signal.SIGINT)
+    rest, said = running.communicate(timeout=60)
+    lines += rest.splitlines(keepends=True)
+    assert (running.returncode, said) == (130, b"Interrupted.\n")
+    assert 1 < len(lines) < 1500
+    answers = [json.loads(line) for line in lines]
+    assert all(line.endswith(b"\n") for line in lines)
+    assert [answer["path"] for answer in answers] == [str(path) for path in (work.images * 50)[: len(lines)]]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_full_disk_is_one_line(work: Work, capsys: pytest.CaptureFixture[str]) -> None:
+    full = open("/dev/full", "w")  # noqa: SIM115 (closing it fails, too)
+    asked = ["predict", str(work.model), str(work.photos), "--backbone", TOY, "-q"]
+    with redirect_stdout(full), pytest.raises(SystemExit) as ended:
+        main(asked)
+    with suppress(OSError):
+        full.close()
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cannot be written beyond line 0: No space left on device" in line

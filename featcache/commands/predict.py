@@ -1,39 +1,45 @@
-"""`featcache predict`: classes of new images, seen just as the head saw the images it was fitted on."""
+"""`featcache predict`: classes of new images, seen just as the head saw the images it was fitted on.
+
+Answers are handed on as they are computed, so that a folder of any size needs no more memory than its names.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.engines import make_engine
+from featcache.engines import AUTO
 from featcache.images import find_images
 from featcache.images.identity import ImageFailure
 from featcache.images.paths import show_path
-from featcache.inference import load_network
-from featcache.lanes import EmbeddedBatch
+from featcache.inference import ReadyModel
 from featcache.model import Model
-from featcache.pipeline import embed_files
-from featcache.processors import usable_processors
 from featcache.progress import Progress, SilentProgress
-from featcache.request import recorded_decoder
-from featcache.spec import Picture
+
+WIDEST_PATH = 40  # characters that paths are padded to at most: longer ones push their own line alone
+_LOOKED_AT = 1000  # paths, to see how wide they are
+UNSURE = ""  # the label of an image that is abstained from
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The answer for one image; `error` says why there is none, and the rest is None then."""
+    """The answer for one image; `error` says why there is none, and the rest is None then.
+
+    label: the most probable class, or "" where its probability is below what was asked for.
+    """
 
     path: str
     label: str | None = None
-    probability: float | None = None
+    probability: float | None = None  # of the most probable class
     topk: tuple[tuple[str, float], ...] = ()
     error: str | None = None
 
@@ -42,6 +48,25 @@ class Prediction:
             return {"path": self.path, "error": self.error}
         topk = [{"label": label, "probability": p} for label, p in self.topk]
         return {"path": self.path, "label": self.label, "probability": self.probability, "topk": topk}
+
+    def to_csv(self) -> str:
+        """A line of CSV, in the order of CSV_HEADER."""
+        text = io.StringIO()
+        shown = "" if self.probability is None else f"{self.probability:.6f}"
+        row = [self.path, self.label or UNSURE, shown, self.error or ""]
+        csv.writer(text, lineterminator="\n").writerow(row)
+        return text.getvalue()
+
+    def describe(self) -> str:
+        if self.error is not None:
+            return f"failed: {self.error}"
+        said = f"{self.label} {self.probability:.3f}" if self.label else "(unsure)"
+        runners_up = self.topk[1:3] if self.label else self.topk[:3]
+        others = ", ".join(f"{label} {p:.3f}" for label, p in runners_up)
+        return said + (f"  ({others})" if others else "")
+
+
+CSV_HEADER = "path,label,probability,error\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,93 +84,178 @@ class PredictResult:
         return [prediction.to_json() for prediction in self.predictions]
 
     def to_csv(self) -> str:
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["path", "label", "probability", "error"])
-        for p in self.predictions:
-            shown = "" if p.probability is None else f"{p.probability:.6f}"
-            writer.writerow([p.path, p.label or "", shown, p.error or ""])
-        return text.getvalue()
+        return "".join(csv_lines(self.predictions))
 
     def describe(self) -> str:
-        width = max((len(p.path) for p in self.predictions), default=0)
-        lines = [f"{p.path:{width}}  {_words(p)}" for p in self.predictions]
+        width = path_width(prediction.path for prediction in self.predictions)
+        lines = [line.rstrip("\n") for line in text_lines(self.predictions, width=width)]
         return "\n".join([*lines, *self.notes])
 
 
-def _words(prediction: Prediction) -> str:
-    if prediction.error is not None:
-        return f"failed: {prediction.error}"
-    others = ", ".join(f"{label} {p:.3f}" for label, p in prediction.topk[1:3])
-    return f"{prediction.label} {prediction.probability:.3f}" + (f"  ({others})" if others else "")
+def path_width(paths: Iterable[str]) -> int:
+    """What paths are padded to, so that the answers stand in a column."""
+    return min(max(map(len, paths), default=0), WIDEST_PATH)
+
+
+def text_lines(predictions: Iterable[Prediction], *, width: int = WIDEST_PATH) -> Iterator[str]:
+    for prediction in predictions:
+        yield f"{prediction.path:{width}}  {prediction.describe()}\n"
+
+
+def csv_lines(predictions: Iterable[Prediction]) -> Iterator[str]:
+    yield CSV_HEADER
+    for prediction in predictions:
+        yield prediction.to_csv()
+
+
+def json_lines(predictions: Iterable[Prediction]) -> Iterator[str]:
+    """An object a line."""
+    for prediction in predictions:
+        yield json.dumps(prediction.to_json(), allow_nan=False) + "\n"
+
+
+def json_list(predictions: Iterable[Prediction]) -> Iterator[str]:
+    """The pieces of one list on one line, which is JSON once it is whole."""
+    before = "["
+    for prediction in predictions:
+        yield before + json.dumps(prediction.to_json(), allow_nan=False)
+        before = ", "
+    yield "[]\n" if before == "[" else "]\n"
+
+
+class PredictionStream(Iterator[Prediction]):
+    """Predictions as they are computed, in the order the images were given; to be iterated over once.
+
+    files: what is predicted. notes: what the user should know of the search for images, and of the engine.
+    """
+
+    def __init__(
+        self, predictions: Iterator[Prediction], *, files: Sequence[Path], notes: Sequence[str]
+    ) -> None:
+        self.files, self.notes = files, tuple(notes)
+        self.failed = 0  # so far
+        self._predictions = predictions
+
+    def __next__(self) -> Prediction:
+        prediction = next(self._predictions)
+        self.failed += prediction.error is not None
+        return prediction
+
+    @property
+    def width(self) -> int:
+        """What paths are padded to, by the first of them."""
+        return path_width(show_path(file) for file in self.files[:_LOOKED_AT])
+
+
+class PredictOptions(TypedDict, total=False):
+    """See `iter_predictions`, which has the defaults."""
+
+    top_k: int
+    views: int
+    seed: int
+    abstain_below: float
+    weights: str | None
+    backbone: str | None
+    follow_links: bool
+    device: str
+    engine: str
+    batch_size: int | None
+    workers: int | None
+    progress: Progress | None
 
 
 def predict(
     model: str | os.PathLike[str],
     images: Sequence[str | os.PathLike[str]],
+    **options: Unpack[PredictOptions],
+) -> PredictResult:
+    """Predict the class of every image in `images`, which names files and folders.
+
+    The options, and what is raised, are those of `iter_predictions`, which gives the predictions one by one.
+    """
+    stream = iter_predictions(model, images, **options)
+    return PredictResult(predictions=tuple(stream), notes=stream.notes)
+
+
+def iter_predictions(
+    model: str | os.PathLike[str],
+    images: Sequence[str | os.PathLike[str]],
     *,
     top_k: int = 5,
+    views: int = 1,
+    seed: int = 0,
+    abstain_below: float = 0.0,
     weights: str | None = None,
     backbone: str | None = None,
     follow_links: bool = False,
     device: str = "auto",
+    engine: str = AUTO,
     batch_size: int | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
-) -> PredictResult:
-    """Predict the class of every image in `images`, which names files and folders.
+) -> PredictionStream:
+    """The class of every image in `images`, one after the other, while later images are still unread.
 
+    views: pictures of each image, the plain one and augmented ones drawn by `seed`, whose probabilities are
+    averaged. abstain_below: an image whose most probable class is less probable gets the label "".
     weights: the backbone's weights file, where it is not where the store's maker had it.
     backbone: must repeat a model's own `module:function` to allow that code to be run.
 
     Raises ModelError, DataError, BackboneError (among them: the weights found are not those the features
-    were made with). An image that cannot be read is a prediction with an error.
+    were made with), DeviceError before the first image is read. An image that cannot be read is a prediction
+    with an error.
     """
+    if top_k < 1 or views < 1 or not 0 <= abstain_below <= 1:
+        raise ValueError("top_k and views are at least 1, abstain_below is a probability")
     progress = progress or SilentProgress()
     fitted = Model.load(Path(model))
     files, notes = find_images([Path(image) for image in images], follow_links=follow_links)
-    loaded = load_network(fitted, where=str(model), weights=weights, allowed=backbone)
-    engine = make_engine(
-        loaded,
-        nodes=tuple(node.key for node in fitted.nodes),
+    ready = ReadyModel.load(
+        fitted,
+        where=str(model),
+        images=len(files) * views,
+        weights=weights,
+        allowed=backbone,
         device=device,
-        precision=fitted.spec.compute_dtype,
-        batch_size=batch_size,
-    )
-    predictions: list[Prediction] = []
-    progress.start("predicting", total=len(files), unit="images")
-    for batch in embed_files(
-        files,
         engine=engine,
-        pictures=(Picture(preprocessing=fitted.spec.preprocessing),),
-        decoder=recorded_decoder(fitted.provenance),
-        workers=workers or usable_processors(),
-    ):
-        names = files[len(predictions) : len(predictions) + len(batch.outcomes)]
-        predictions += _predict_batch(fitted, batch, names, top_k=top_k)
+        batch_size=batch_size,
+        workers=workers,
+    )
+    if ready.said:
+        progress.note(ready.said)
+    rank = _Ranking(classes=fitted.classes, top_k=top_k, abstain_below=abstain_below)
+    predictions = _predict_files(ready, files, views=views, seed=seed, rank=rank, progress=progress)
+    return PredictionStream(predictions, files=files, notes=notes)
+
+
+def _predict_files(
+    ready: ReadyModel, files: Sequence[Path], *, views: int, seed: int, rank: _Ranking, progress: Progress
+) -> Iterator[Prediction]:
+    progress.start("predicting", total=len(files), unit="images")
+    done = 0
+    for batch in ready.answer(files, views=views, seed=seed):
+        for outcome, probabilities in zip(batch.outcomes, batch.probabilities, strict=True):
+            path = show_path(files[done])
+            done += 1
+            if isinstance(outcome, ImageFailure):
+                yield Prediction(path=path, error=outcome.reason)
+            else:
+                yield rank.prediction(path, probabilities)
         progress.advance(len(batch.outcomes))
     progress.finish()
-    return PredictResult(predictions=tuple(predictions), notes=tuple(notes))
 
 
-def _predict_batch(
-    model: Model, batch: EmbeddedBatch, files: Sequence[Path], *, top_k: int
-) -> list[Prediction]:
-    # Through the store's dtype, so that an image is seen here as the head saw it in the store.
-    X = np.concatenate(
-        [batch.features[node.key].astype(model.spec.store_dtype) for node in model.nodes], axis=1
-    )
-    ok = np.array([not isinstance(outcome, ImageFailure) for outcome in batch.outcomes])
-    probabilities = iter(model.predict_proba(X[ok]) if ok.any() else ())
-    return [
-        Prediction(path=show_path(file), error=outcome.reason)
-        if isinstance(outcome, ImageFailure)
-        else _rank(show_path(file), next(probabilities), model.classes, top_k=top_k)
-        for file, outcome in zip(files, batch.outcomes, strict=True)
-    ]
+@dataclass(frozen=True, kw_only=True)
+class _Ranking:
+    """How probabilities become an answer."""
 
+    classes: Sequence[str]
+    top_k: int
+    abstain_below: float
 
-def _rank(path: str, probabilities: NDArray[Any], classes: Sequence[str], *, top_k: int) -> Prediction:
-    order = np.argsort(-probabilities, kind="stable")[:top_k]
-    topk = tuple((classes[i], float(probabilities[i])) for i in order)
-    return Prediction(path=path, label=topk[0][0], probability=topk[0][1], topk=topk)
+    def prediction(self, path: str, probabilities: NDArray[np.float64]) -> Prediction:
+        order = np.argsort(-probabilities, kind="stable")[: self.top_k]
+        topk = tuple((self.classes[i], float(probabilities[i])) for i in order)
+        label, probability = topk[0]
+        sure = probability >= self.abstain_below
+        return Prediction(path=path, label=label if sure else UNSURE, probability=probability, topk=topk)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.engines import Engine
+from featcache.errors import DeviceError
 
 LOWEST_COSINE = 0.9999
 # A vector off by this fraction of its length is off by that angle at most. The cosine alone would not see an
@@ -58,6 +59,23 @@ def _number(value: float) -> float | None:
 def compare_engines(engine: Engine, reference: Engine, pixels: NDArray[np.uint8]) -> Agreement:
     """`engine` against `reference` on images (B, S, S, 3), whatever the batch size of each."""
     return _compare_all(_embed(engine, pixels), _embed(reference, pixels), images=len(pixels))
+
+
+def require_agreement(
+    engine: Engine, *, exact: Engine, reference: Engine, pixels: NDArray[np.uint8]
+) -> Agreement:
+    """How `engine` agrees with `exact`; DeviceError where it neither passes nor does as `reference` does.
+
+    reference: the eager engine at the precision asked for, and exact in float32; they may be one.
+    """
+    agreement = compare_engines(engine, exact, pixels)
+    like = None if exact is reference else compare_engines(reference, exact, pixels)
+    if not agreement.passed_like(like):
+        raise DeviceError(
+            f"the engine {engine.name} does not compute here what {exact.name} does "
+            f"({agreement.describe()}): pass another --engine"
+        )
+    return agreement
 
 
 def compare_pixels(engine: Engine, pixels: NDArray[np.uint8], reference: NDArray[np.uint8]) -> Agreement:
