@@ -16,17 +16,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from featcache.backbones import Backbone, load_backbone, make_backbone
+    from featcache.commands.compare import CompareResult, compare
     from featcache.commands.embed import EmbedResult, embed, embed_together
+    from featcache.commands.evaluate import EvaluateResult, evaluate_model
     from featcache.commands.explain import explain
-    from featcache.commands.fit import FitResult, fit
+    from featcache.commands.export import ExportResult, export
+    from featcache.commands.finetune import FinetuneResult, finetune
+    from featcache.commands.fit import fit
     from featcache.commands.info import Info, info
     from featcache.commands.merge import MergeResult, merge
     from featcache.commands.plan import PlanResult, plan
-    from featcache.commands.predict import Prediction, PredictResult, predict
+    from featcache.commands.predict import (
+        Prediction,
+        PredictionStream,
+        PredictResult,
+        iter_predictions,
+        predict,
+    )
     from featcache.commands.repair import RepairResult, repair
     from featcache.commands.verify import VerifyResult, verify
     from featcache.errors import FeatcacheError
     from featcache.explanation import Explanation
+    from featcache.fitting import FitResult
     from featcache.model import Model
     from featcache.sharding import Shard
     from featcache.spec import FeatureSpec, Preprocessing
@@ -35,28 +46,38 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Backbone": "featcache.backbones",
+    "CompareResult": "featcache.commands.compare",
     "EmbedResult": "featcache.commands.embed",
+    "EvaluateResult": "featcache.commands.evaluate",
     "Explanation": "featcache.explanation",
+    "ExportResult": "featcache.commands.export",
     "FeatcacheError": "featcache.errors",
     "FeatureSet": "featcache.store.features",
     "FeatureSpec": "featcache.spec",
     "FeatureStore": "featcache.store.reader",
-    "FitResult": "featcache.commands.fit",
+    "FinetuneResult": "featcache.commands.finetune",
+    "FitResult": "featcache.fitting",
     "Info": "featcache.commands.info",
     "MergeResult": "featcache.commands.merge",
     "Model": "featcache.model",
     "PlanResult": "featcache.commands.plan",
     "PredictResult": "featcache.commands.predict",
     "Prediction": "featcache.commands.predict",
+    "PredictionStream": "featcache.commands.predict",
     "Preprocessing": "featcache.spec",
     "RepairResult": "featcache.commands.repair",
     "Shard": "featcache.sharding",
     "VerifyResult": "featcache.commands.verify",
+    "compare": "featcache.commands.compare",
     "embed": "featcache.commands.embed",
     "embed_together": "featcache.commands.embed",
+    "evaluate_model": "featcache.commands.evaluate",
     "explain": "featcache.commands.explain",
+    "export": "featcache.commands.export",
+    "finetune": "featcache.commands.finetune",
     "fit": "featcache.commands.fit",
     "info": "featcache.commands.info",
+    "iter_predictions": "featcache.commands.predict",
     "load_backbone": "featcache.backbones",
     "make_backbone": "featcache.backbones",
     "merge": "featcache.commands.merge",
@@ -68,12 +89,16 @@ _HOMES = {
 
 __all__ = [
     "Backbone",
+    "CompareResult",
     "EmbedResult",
+    "EvaluateResult",
     "Explanation",
+    "ExportResult",
     "FeatcacheError",
     "FeatureSet",
     "FeatureSpec",
     "FeatureStore",
+    "FinetuneResult",
     "FitResult",
     "Info",
     "MergeResult",
@@ -81,15 +106,21 @@ __all__ = [
     "PlanResult",
     "PredictResult",
     "Prediction",
+    "PredictionStream",
     "Preprocessing",
     "RepairResult",
     "Shard",
     "VerifyResult",
+    "compare",
     "embed",
     "embed_together",
+    "evaluate_model",
     "explain",
+    "export",
+    "finetune",
     "fit",
     "info",
+    "iter_predictions",
     "load_backbone",
     "make_backbone",
     "merge",

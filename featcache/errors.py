@@ -17,7 +17,8 @@
     │   └── SpecMismatch         the store's features are not the ones asked for
     ├── DiskError                no space, no permission, an I/O error
     ├── HeadError                a head that cannot be fitted on these features
-    └── ModelError               a model file that cannot be used
+    ├── ModelError               a model file that cannot be used
+    └── ExportError              a model that another format cannot hold, or does not hold alike
 
 A caller's mistake in Python (a wrong type, a value out of range) stays `TypeError` or `ValueError`.
 """
@@ -93,3 +94,7 @@ class HeadError(FeatcacheError):
 
 class ModelError(FeatcacheError):
     """A model file that cannot be used."""
+
+
+class ExportError(FeatcacheError):
+    """A model that another format cannot hold, or that answers otherwise there than here."""

@@ -73,8 +73,8 @@ TRAPS = (
     ),
     Trap(
         name="6 splits hashed on the path",
-        file="commands/fit.py",
-        honest="hold_out(features.sha256[pool], features.y[pool])",
+        file="fitting/rows.py",
+        honest="hold_out(features.sha256[pool], features.y[pool], groups.take(pool) if groups else None)",
         trapped="hold_out(np.array([list(__import__('hashlib').sha256(features.ids[i].encode()).digest()) "
         "for i in pool], dtype=np.uint8), features.y[pool])",
         tests="test_fit.py",
@@ -91,9 +91,9 @@ TRAPS = (
     ),
     Trap(
         name="8 a class missing from train but present in test",
-        file="commands/fit.py",
-        honest="        table[:, known] = fitted",
-        trapped="        table[:, : len(known)] = fitted",
+        file="fitting/scoring.py",
+        honest="            wide[:, known] = head",
+        trapped="            wide[:, : len(known)] = head",
         tests="test_fit.py",
         select="only_in or without_any_training_row",
     ),

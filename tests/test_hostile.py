@@ -27,11 +27,11 @@ from faults.mutants import forge_model, forge_seal, model_parts
 from faults.structure import find_checked
 from gaussians import PROVENANCE, gaussian_features, write_store
 
-from featcache.commands.fit import fit_features
 from featcache.commands.info import info
 from featcache.commands.predict import predict
 from featcache.commands.verify import verify
 from featcache.errors import DamagedStore, FeatcacheError, ModelError, NotAStore
+from featcache.fitting import fit_features
 from featcache.model import Model
 from featcache.records import NO_FILE, ImageRecord
 from featcache.store.layout import RowTable, create_store

@@ -36,9 +36,11 @@ LAYERS = (
         "evaluate",
         "exporting",
         "fitting",
+        "joining",
         "model",
         "inference",
-        "scoring",
+        "answers",
+        "tuning",
     },
     {"images", "backbones", "store", "heads"},
     {"spec", "records", "progress", "versions", "disk", "interrupts", "words", "processors", "transforms"},
@@ -54,8 +56,12 @@ WITHIN_A_LAYER = {
     "together": {"embedding", "lanes", "pipeline", "reuse"},
     "update": {"embedding", "forecast", "reuse", "sharding"},
     "inference": {"engines", "lanes", "model", "pipeline", "request"},
-    "scoring": {"inference", "model"},
+    "answers": {"inference", "model"},
     "fitting": {"evaluate", "model"},
+    "tuning": {
+        "embedder", "embedding", "engines", "evaluate", "fitting", "model", "origin", "request", "together",
+        "update",
+    },
     "exporting": {"engines", "model", "request"},
     "forecast": {"embedder", "embedding", "lanes", "pipeline", "request", "reuse"},
 }  # fmt: skip
@@ -67,12 +73,12 @@ ROOMS = {
     "skl2onnx": {"exporting"},
     "torchvision": {"backbones", "exporting"},
     "timm": {"backbones"},
-    "PIL": {"images"},
+    "PIL": {"images", "tuning"},
     "sklearn": {"heads", "evaluate"},
     "skops": {"heads"},
     "pyarrow": {"demo", "exporting"},
     "simplejpeg": {"images"},
-    "torch": {"backbones", "engines", "exporting", "heads", "images", "store"},
+    "torch": {"backbones", "engines", "exporting", "heads", "images", "store", "tuning"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -143,7 +149,7 @@ def test_the_command_line_starts_without_the_heavy_libraries() -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", ["info", "fit", "embed", "verify", "repair", "explain", "merge", "plan", "evaluate"]
+    "verb", ["info", "fit", "compare", "embed", "verify", "repair", "explain", "merge", "plan", "evaluate"]
 )
 def test_a_verb_is_imported_without_torch(verb: str) -> None:
     assert not loaded_after(f"import featcache.commands.{verb}") & {"torch", "torchvision", "timm"}

@@ -18,6 +18,9 @@ from featcache.backbones.backbone import Backbone
 from featcache.errors import BackboneError, UnknownNode
 from featcache.spec import PENULTIMATE, FeatureNode, Pooling
 
+# Tracing runs the network's own Python on stand-ins for tensors, which fails in many ways.
+TRACE_ERRORS = (torch.fx.proxy.TraceError, TypeError, RuntimeError, ValueError, AttributeError)
+
 _POOLINGS: tuple[Pooling, ...] = tuple(p for p in get_args(Pooling) if p != "none")
 
 
@@ -43,7 +46,7 @@ class Extractor(nn.Module):
         return {key: pool(outputs[name].float()) for key, (name, pool) in self._pools.items()}
 
 
-class _Whole(nn.Module):
+class WholeNetwork(nn.Module):
     """The network's own output under the name `penultimate`, without tracing."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -71,8 +74,9 @@ def make_extractor(backbone: Backbone, nodes: Sequence[str] = (PENULTIMATE,)) ->
     """The network that computes `nodes` in one forward pass; `.nodes` describes what it returns, in order.
 
     nodes: "penultimate" is the input of the removed classifier; other names are torchvision's node names.
-        A pooling follows a colon: avg, max, or cls for the class token. Without one, feature maps are
-        averaged, tokens are pooled as the backbone says and vectors stay. A node asked for twice comes once.
+        A pooling follows a colon: avg, max, cls for the class token, or flat for all values of a map or of
+        tokens, one after the other. Without one, feature maps are averaged, tokens are pooled as the backbone
+        says and vectors stay. A node asked for twice comes once.
     Raises `UnknownNode` for a node that is not there or has no output to pool, `BackboneError` for a node
     inside a network that cannot be traced.
     """
@@ -99,7 +103,7 @@ def _parse(text: str) -> _Request:
 def _graph(backbone: Backbone, names: set[str]) -> nn.Module:
     """A module that returns {name: output}."""
     if names == {PENULTIMATE}:
-        return _Whole(backbone.module)
+        return WholeNetwork(backbone.module)
     options = {
         "leaf_modules": list(backbone.trace.leaf_modules),
         "autowrap_functions": list(backbone.trace.leaf_functions),
@@ -109,7 +113,7 @@ def _graph(backbone: Backbone, names: set[str]) -> nn.Module:
     nodes = {name: aliases.get(name, name) for name in sorted(names)}
     for name, node in nodes.items():
         if not any(known == node or known.startswith(f"{node}.") for known in there):
-            raise _unknown(backbone, name, there)
+            raise unknown_node(backbone, name, there)
     graph: nn.Module = create_feature_extractor(
         backbone.module,
         return_nodes=sorted(set(nodes.values())),
@@ -122,8 +126,7 @@ def _graph(backbone: Backbone, names: set[str]) -> nn.Module:
 def _node_names(backbone: Backbone, options: dict[str, Any]) -> list[str]:
     try:
         _, names = get_graph_node_names(backbone.module, tracer_kwargs=options, suppress_diff_warning=True)
-    except (torch.fx.proxy.TraceError, TypeError, RuntimeError, ValueError, AttributeError) as error:
-        # Tracing runs the network's own Python on stand-ins for tensors, which fails in many ways.
+    except TRACE_ERRORS as error:
         raise BackboneError(
             f"{backbone.name} cannot be traced, so only its {PENULTIMATE} node is to be had: {error}"
         ) from error
@@ -131,7 +134,8 @@ def _node_names(backbone: Backbone, options: dict[str, Any]) -> list[str]:
     return found
 
 
-def _unknown(backbone: Backbone, name: str, there: Sequence[str]) -> UnknownNode:
+def unknown_node(backbone: Backbone, name: str, there: Sequence[str]) -> UnknownNode:
+    """What to raise for a node that is not there: it names the nearest ones."""
     modules = [path for path, _ in backbone.module.named_modules() if path]
     nearest = difflib.get_close_matches(name, [*modules, *there], n=3)
     said = nearest or [path for path, _ in backbone.module.named_children()]
@@ -158,6 +162,8 @@ def _describe(backbone: Backbone, request: _Request, output: Any) -> FeatureNode
         if asked:
             raise UnknownNode(f"node {name!r} of {backbone.name} is a vector already: leave :{asked} away")
         return FeatureNode(name=name, num_features=output.shape[1])
+    if asked == "flat":
+        return FeatureNode(name=name, pooling=asked, num_features=output[0].numel())
     if asked == "cls" and (output.ndim == 4 or not backbone.prefix_tokens):
         raise UnknownNode(f"node {name!r} of {backbone.name} has no class token: ask for :avg or :max")
     channels = 1 if output.ndim == 4 and backbone.layout_of(name) == "nchw" else output.ndim - 1
@@ -178,6 +184,8 @@ def _pool(backbone: Backbone, node: FeatureNode) -> Callable[[Tensor], Tensor]:
         is_map = output.ndim == 4
         default = "avg" if is_map else backbone.token_pooling
         pooling = default if node.pooling == "none" else node.pooling
+        if pooling == "flat":
+            return output.flatten(1)
         if pooling == "cls":
             return output[:, 0]
         values, axes = (output, space) if is_map else (output[:, prefix:], (1,))

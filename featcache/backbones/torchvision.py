@@ -272,12 +272,17 @@ def build(name: str, *, image_size: int) -> nn.Module:
     """The whole network as torchvision initialises it, classifier included."""
     from torchvision import models
 
+    module: nn.Module = models.get_model(name, weights=None, **builder_arguments(name, image_size=image_size))
+    return module
+
+
+def builder_arguments(name: str, *, image_size: int) -> dict[str, object]:
+    """What torchvision's builder of that network is told beside `weights=None`."""
     row = _ROW_OF.get(name)
     arguments: dict[str, object] = dict(row.build) if row else {}
     if row and row.sized:
         arguments["image_size"] = image_size
-    module: nn.Module = models.get_model(name, weights=None, **arguments)
-    return module
+    return arguments
 
 
 def find_classifier(module: nn.Module) -> str | None:

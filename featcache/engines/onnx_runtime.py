@@ -7,10 +7,7 @@ the graph computes what the network does: `featcache.engines.agreement` looks.
 
 from __future__ import annotations
 
-import io
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -24,6 +21,7 @@ from featcache.backbones.backbone import Backbone, freeze
 from featcache.backbones.nodes import Extractor, make_extractor
 from featcache.engines.batch import checked_count, filled
 from featcache.engines.devices import device_words, find_device
+from featcache.engines.onnx_graph import export_graph, fits_graph
 from featcache.engines.pixels import CAPTURE_ERRORS, PixelsToVectors, reason
 from featcache.engines.replicas import is_known
 from featcache.errors import DeviceError
@@ -32,8 +30,6 @@ from featcache.spec import FeatureNode, Precision
 NAME = "onnx"
 
 _INPUT = "pixels"
-_OPSET = 17  # the first with layer normalisation as one operation
-_LARGEST = 2_000_000_000  # bytes of weights; a protobuf holds 2 GiB
 
 # The first is the default.
 BATCH_SIZES = {"cpu": (2, 1, 8), "cuda": (256, 64)}
@@ -122,50 +118,21 @@ def _require_provider(device: torch.device) -> None:
 def _export(extractor: Extractor, backbone: Backbone, *, batch_size: int) -> bytes:
     """The extractor as an ONNX model; `DeviceError` when it cannot be one."""
     freeze(extractor)
-    tensors = list(chain(extractor.parameters(), extractor.buffers()))
-    if sum(tensor.nbytes for tensor in tensors) > _LARGEST:
+    if not fits_graph(extractor):
         raise DeviceError(f"{backbone.name} is too large for the engine {NAME}: pass another --engine")
-    device = tensors[0].device if tensors else torch.device("cpu")
+    tensor = next(chain(extractor.parameters(), extractor.buffers()), None)
+    device = torch.device("cpu") if tensor is None else tensor.device
     size = backbone.preprocessing.crop_size
-    pixels = torch.zeros(batch_size, size, size, 3, dtype=torch.uint8, device=device)
-    model = io.BytesIO()
     try:
-        with _exporting() as advice:
-            # The exporter that traces: of the two the one that needs no package but onnx, from torch 2.6 on.
-            torch.onnx.export(
-                PixelsToVectors(extractor, backbone.preprocessing, device).eval(),
-                (pixels,),
-                model,  # type: ignore[arg-type]
-                input_names=[_INPUT],
-                output_names=[node.key for node in extractor.nodes],
-                opset_version=_OPSET,
-                dynamo=False,
-            )
-        if not is_known(backbone.module):
-            _require_one_way(advice)
+        return export_graph(
+            PixelsToVectors(extractor, backbone.preprocessing, device).eval(),
+            torch.zeros(batch_size, size, size, 3, dtype=torch.uint8, device=device),
+            input_name=_INPUT,
+            output_names=[node.key for node in extractor.nodes],
+            trusted=is_known(backbone.module),
+        )
     except CAPTURE_ERRORS as error:
         raise _cannot_run(backbone, error) from error
-    return model.getvalue()
-
-
-def _require_one_way(advice: Sequence[warnings.WarningMessage]) -> None:
-    """ValueError where the trace may follow what the images happened to be, and not their shapes alone."""
-    for given in advice:
-        if str(given.message).startswith("Converting a tensor to a Python"):
-            raise ValueError("its Python may decide by what is in the images, which a graph cannot")
-
-
-@contextmanager
-def _exporting() -> Iterator[Sequence[warnings.WarningMessage]]:
-    """Attention in single steps, for its fused form has no name in ONNX; the advice is kept back."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with warnings.catch_warnings(record=True) as advice, torch.no_grad():
-            warnings.simplefilter("always")
-            yield advice
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def _session(model: bytes, backbone: Backbone, *, device: torch.device) -> Any:

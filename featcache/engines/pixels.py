@@ -31,7 +31,10 @@ class PixelsToVectors(nn.Module):
         self.std = torch.tensor(preprocessing.std, device=device).view(1, 3, 1, 1)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        scaled = pixels.permute(0, 3, 1, 2).float().div(255)  # (B, 3, S, S)
+        return self.of_unit(pixels.permute(0, 3, 1, 2).float().div(255))
+
+    def of_unit(self, scaled: Tensor) -> tuple[Tensor, ...]:
+        """The same of (B, 3, S, S) between 0 and 1."""
         return tuple(self.extractor(scaled.sub(self.mean).div(self.std)).values())
 
 

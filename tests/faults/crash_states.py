@@ -41,9 +41,9 @@ from faults.crash_recording import Created, Finished, Kept, Op, Recording, go_on
 from featcache import embedding
 from featcache.backbones import Backbone, make_backbone
 from featcache.commands.embed import embed
-from featcache.commands.fit import fit_features
 from featcache.commands.repair import repair
 from featcache.errors import FeatcacheError, ModelError, StoreError
+from featcache.fitting import fit_features
 from featcache.model import Model
 from featcache.records import RowStatus
 from featcache.spec import Preprocessing

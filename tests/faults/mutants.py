@@ -32,9 +32,9 @@ from safetensors.numpy import load, save
 
 import featcache.store.layout
 from faults.structure import Checked, find_checked
-from featcache.commands.fit import fit_features
 from featcache.commands.info import info
 from featcache.errors import FeatcacheError
+from featcache.fitting import fit_features
 from featcache.heads import HEADS
 from featcache.model import Model, content_digest
 from featcache.records import SPLITS, RowStatus

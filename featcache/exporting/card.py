@@ -1,0 +1,135 @@
+"""The model card: what a person must know of an exported model, in Markdown, beside the file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+from featcache.exporting import Format
+from featcache.exporting.agreement import Agreement
+from featcache.exporting.subject import PIXELS, Subject
+from featcache.images.decode import Decoder
+from featcache.request import recorded_decoder
+from featcache.words import plural, show_text
+
+SHOWN_CLASSES = 100
+
+# By what the provenance says of where the weights are from; a licence is only named where it is known.
+_LICENCES = {
+    "bundled": "Apache-2.0, as the pip package they come in says",
+    "torchvision": "torchvision names the data and the recipe of each set of weights in its documentation "
+    "(https://pytorch.org/vision/stable/models.html); read that and the terms of ImageNet before you ship",
+    "file": "not recorded: ask whoever made the file",
+    "random": "none: they were drawn at random",
+    "user": "yours: they came with your own code",
+}
+_PIXELS: Mapping[Decoder, str] = {
+    "exact": "It saw its images as Pillow resizes them",
+    "fast": "It saw its images by a decoder whose pixels are within 2 of 255 of what Pillow makes of them",
+}
+
+
+def write_card(
+    subject: Subject, row: Format, *, name: str, agreement: Agreement, notes: Sequence[str], recipe: str
+) -> str:
+    """The card of the exported file of that name."""
+    model = subject.model
+    sections = {
+        "Data": _data(model.provenance, model.metrics, model.classes),
+        "Network and weights": _network(subject),
+        "How good it is": _metrics(model.metrics),
+        "Preprocessing": _preprocessing(subject, row),
+        "Agreement with featcache": [f"- {text}" for text in (agreement.describe(), *notes)],
+        "Limits": _limits(model.metrics, decoder=recorded_decoder(model.provenance)),
+        "Reading it": ["```python", recipe, "```"],
+    }
+    lines = [
+        f"# {show_text(name)}",
+        "",
+        f"{row.summary[0].upper()}{row.summary[1:]}: {plural(len(model.classes), 'class', 'classes')}, "
+        f"{model.spec.backbone}, head {model.head_name}. Exported by featcache; fingerprint of its features "
+        f"{model.fingerprint[:12]}.",
+    ]
+    for title, body in sections.items():
+        lines += ["", f"## {title}", "", *body]
+    return "\n".join(lines) + "\n"
+
+
+def _data(provenance: Mapping[str, Any], metrics: Mapping[str, Any], classes: Sequence[str]) -> list[str]:
+    data = provenance.get("data")
+    path = data.get("path") if isinstance(data, Mapping) else None
+    name = PurePath(path).name if isinstance(path, str) else "not recorded"
+    shown = ", ".join(show_text(name) for name in classes[:SHOWN_CLASSES])
+    more = f" and {len(classes) - SHOWN_CLASSES:,} more" if len(classes) > SHOWN_CLASSES else ""
+    lines = [f"- images: `{show_text(name)}`"]
+    if isinstance(rows := metrics.get("n_train"), int):
+        lines.append(f"- fitted on {plural(rows, 'image')}")
+    if isinstance(rows := metrics.get("n"), int):
+        lines.append(f"- scored on {plural(rows, 'image')}: {metrics.get('scored_on', 'held out')}")
+    return [*lines, f"- classes, in the order of the probabilities: {shown}{more}"]
+
+
+def _network(subject: Subject) -> list[str]:
+    model = subject.model
+    weights = model.weights
+    tuned = "fine-tuned, starting from " if model.network else ""
+    nodes = ", ".join(f"{node.key} ({node.num_features})" for node in model.nodes)
+    return [
+        f"- network: {model.spec.backbone}; features: {nodes}",
+        f"- weights: {tuned}{weights['source']}, {show_text(os.path.basename(weights['label']))}, "
+        f"sha256 {model.spec.weights_sha256[:12]}",
+        f"- licence of the weights: {_LICENCES.get(weights['source'], 'not recorded')}",
+        f"- head: {model.head_name}"
+        + "".join(f", {name} {_short(value)}" for name, value in sorted(model.params.items())),
+    ]
+
+
+def _metrics(metrics: Mapping[str, Any]) -> list[str]:
+    rows = list(_scores(metrics))
+    if not rows:
+        return ["The model file holds no scores."]
+    return ["| | | 95 % interval |", "|---|---:|---|", *(f"| {a} | {b} | {c} |" for a, b, c in rows)]
+
+
+def _scores(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(name, value, interval) of every number the model file has, whichever version wrote it."""
+    for name, value in metrics.items():
+        if isinstance(value, float):
+            interval = metrics.get(f"{name}_ci95")
+            yield name.replace("_", " "), f"{value:.4f}", _interval(interval)
+
+
+def _interval(value: Any) -> str:
+    is_pair = isinstance(value, list | tuple) and len(value) == 2
+    return f"{value[0]:.4f} to {value[1]:.4f}" if is_pair and all(isinstance(v, float) for v in value) else ""
+
+
+def _preprocessing(subject: Subject, row: Format) -> list[str]:
+    pre = subject.model.spec.preprocessing
+    cut = (
+        f"- shorter side resized to {pre.resize_size} px ({pre.interpolation}, antialiased), "
+        f"{pre.crop_size} x {pre.crop_size} px cut from the centre"
+    )
+    lines = [
+        "- as a camera means it (EXIF orientation applied), RGB; what is transparent is laid over white",
+        f"- {pre.crop_size} x {pre.crop_size} px by {show_text(pre.transform)}" if pre.transform else cut,
+    ]
+    normal = f"scaled to 0 to 1, mean {list(pre.mean)}, standard deviation {list(pre.std)}"
+    if row.chooses_input:
+        return [*lines, f"- the graph takes {PIXELS[subject.pixels]}, and does the rest itself: {normal}"]
+    return [*lines, f"- {normal}; the network takes float32 (batch, 3, height, width)"]
+
+
+def _limits(metrics: Mapping[str, Any], *, decoder: Decoder) -> list[str]:
+    return [
+        "- It knows its classes alone: an image of anything else is given one of them.",
+        f"- The scores are of {metrics.get('scored_on', 'held-out images')}; other cameras, places and times "
+        "may differ, and so may its probabilities.",
+        f"- {_PIXELS[decoder]}; other decoders and resizers change pixels, and answers a little.",
+    ]
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else show_text(str(value))

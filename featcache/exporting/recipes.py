@@ -1,0 +1,55 @@
+"""What the recipes of several formats have in common: how a picture is prepared, what the classes are."""
+
+from __future__ import annotations
+
+from featcache.spec import Preprocessing
+
+READ_CLASSES = """with safe_open("%(name)s", framework="pt") as file:
+    classes = json.loads(file.metadata()["classes"])"""
+
+# torchvision's own transform, as its presets of weights have it.
+TRANSFORM = """transform = transforms.Compose(
+    [
+        transforms.Resize(%(resize)d, interpolation=InterpolationMode("%(interpolation)s")),
+        transforms.CenterCrop(%(crop)d),
+        transforms.ToTensor(),
+        transforms.Normalize(%(mean)s, %(std)s),
+    ]
+)"""
+
+# The same up to the crop, by Pillow alone.
+_PREPARE = """def prepare(path):
+    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    short, long = sorted(image.size)
+    size = {short: %(resize)d, long: int(%(resize)d * long / short)}
+    image = image.resize((size[image.width], size[image.height]), Image.Resampling.%(resampling)s)
+    left, top = (int(round((side - %(crop)d) / 2)) for side in image.size)
+    return np.asarray(image.crop((left, top, left + %(crop)d, top + %(crop)d)))"""
+
+
+# Where the pixels are made by a transform of the user's own.
+_PREPARE_OWN = """from %(module)s import %(function)s
+
+
+def prepare(path):
+    return np.asarray(%(function)s(ImageOps.exif_transpose(Image.open(path)).convert("RGB")))"""
+
+
+def prepare_code(preprocessing: Preprocessing) -> str:
+    """A function `prepare` that makes uint8 pixels (S, S, 3) of a file, without torchvision."""
+    if not preprocessing.transform:
+        return fill(_PREPARE, preprocessing)
+    module, _, function = preprocessing.transform.partition("@")[0].partition(":")
+    return _PREPARE_OWN % {"module": module, "function": function}
+
+
+def fill(template: str, preprocessing: Preprocessing) -> str:
+    """The template for this preprocessing."""
+    return template % {
+        "resize": preprocessing.resize_size,
+        "crop": preprocessing.crop_size,
+        "interpolation": preprocessing.interpolation,
+        "resampling": preprocessing.interpolation.upper(),
+        "mean": list(preprocessing.mean),
+        "std": list(preprocessing.std),
+    }

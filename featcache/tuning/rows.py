@@ -1,0 +1,103 @@
+"""Which images are trained on, validated on and scored, and under which classes. Knows labels and digests."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featcache.errors import HeadError
+from featcache.evaluate.splits import hold_out
+from featcache.fitting.rows import choose_rows
+from featcache.store.features import FeatureSet
+from featcache.words import name_some
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TuningRows:
+    """Indices of images, ascending, and how they are called.
+
+    classes: of the model to be, those of the model to begin with first. y: (n_images,) indices into
+    `classes`, -1 for what is unlabelled or of a class that cannot be learned.
+    """
+
+    train: NDArray[np.int64]
+    val: NDArray[np.int64]
+    test: NDArray[np.int64]
+    classes: tuple[str, ...]
+    y: NDArray[np.int64]
+    trained_on: str
+    validated_on: str
+    scored_on: str
+    notes: tuple[str, ...]
+
+
+def tuning_rows(features: FeatureSet, known: Sequence[str]) -> TuningRows:
+    """Rows as `fit` chooses them, but that val rows are kept apart: weights are chosen on them.
+
+    Where the data has no val split besides what is scored, a fifth of the training rows is held out by
+    content. known: the classes of the model. HeadError: no class in common, or too few rows.
+    """
+    rows = choose_rows(features)
+    _require_common(features.classes, known)
+    is_val = features.splits[rows.train] == "val"
+    validated_on, trained_on = "val", "train"
+    if not is_val.any():
+        is_val = hold_out(_second_digest(features.sha256[rows.train]), features.y[rows.train])
+        validated_on = "a fifth of the training rows, held out by content"
+        trained_on = "the rest of the training rows"
+    train, val = rows.train[~is_val], rows.train[is_val]
+    if not len(val) or not len(train):
+        raise HeadError(
+            "every class has a single training image: none can be kept to validate on. Embed more images, or "
+            "give some of them a val split."
+        )
+    there = {features.classes[k] for k in np.unique(features.y[train])}
+    new = [name for name in features.classes if name in there and name not in known]
+    classes = (*known, *new)
+    place = np.array([classes.index(name) if name in classes else -1 for name in features.classes] + [-1])
+    return TuningRows(
+        train=train,
+        val=val,
+        test=rows.test,
+        classes=classes,
+        y=place[features.y],
+        trained_on=trained_on,
+        validated_on=validated_on,
+        scored_on=rows.scored_on,
+        notes=(*_notes(features, known, there, new), *_other_notes(rows.notes)),
+    )
+
+
+def _require_common(classes: Sequence[str], known: Sequence[str]) -> None:
+    if not set(classes) & set(known):
+        raise HeadError(
+            f"the model knows {name_some(known)}; the data has {name_some(classes)}: no class in common. "
+            "Fit a head on this data first: featcache embed, then featcache fit."
+        )
+
+
+def _notes(features: FeatureSet, known: Sequence[str], there: set[str], new: Sequence[str]) -> list[str]:
+    notes = []
+    if new:
+        notes.append(f"classes that the model did not know: {name_some(new)}")
+    if forgotten := [name for name in known if name not in there]:
+        notes.append(f"no training row has the class {name_some(forgotten)}: it may be forgotten")
+    lost = [name for name in features.classes if name not in there and name not in known]
+    if lost:
+        notes.append(f"no training row has the class {name_some(lost)}, so its rows count as errors")
+    return notes
+
+
+def _other_notes(notes: Sequence[str]) -> list[str]:
+    """Of `choose_rows`, what is true here: val rows do not join, and missing classes are told above."""
+    return [note for note in notes if not note.startswith(("val rows joined", "not in the training rows"))]
+
+
+def _second_digest(sha256: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Digests that say nothing of the first ones: by those, rows may have been held out already."""
+    digests = [hashlib.sha256(b"val " + row.tobytes()).digest() for row in sha256]
+    return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 32)

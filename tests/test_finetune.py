@@ -1,0 +1,498 @@
+"""`finetune`: it begins as the fitted head, pays for the tail only, and keeps what is better on val rows."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import small_network
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from featcache.cli import main
+from featcache.commands.embed import embed
+from featcache.commands.finetune import FinetuneResult, finetune
+from featcache.commands.fit import fit
+from featcache.commands.predict import predict
+from featcache.errors import BackboneError, DataError, HeadError, ModelError, SpecMismatch, UnknownNode
+from featcache.images import decode
+from featcache.model import Model
+from featcache.progress import SilentProgress
+from featcache.store.reader import FeatureStore
+from featcache.tuning import activations, sources
+
+NAME = "small_network:small"
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Small images gain nothing from threads, and a resumed run must add up in the same order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Pictures of three kinds under train/ and test/, and a model fitted on them."""
+
+    photos: Path
+    model: Path
+
+
+def stripes(path: Path, *, kind: int, seed: int) -> None:
+    """Stripes across, along or aslant in noise, of any colour: hard for random features, learnable."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:16, :16]
+    phase = (x, y, x + y)[kind] * 2.0 + rng.uniform(0, 6)
+    pixels = 128 + 50 * np.sin(phase)[..., None] * rng.uniform(0.3, 1, 3) + rng.normal(0, 35, (16, 16, 3))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
+
+
+def make_photos(folder: Path, splits: dict[str, int], kinds: str = "abc") -> Path:
+    for s, (split, count) in enumerate(splits.items()):
+        for i in range(count):
+            kind = i % len(kinds)
+            stripes(folder / split / kinds[kind] / f"{i:03d}.png", kind=kind, seed=1000 * s + i)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
+    folder = tmp_path_factory.mktemp("work")
+    photos = make_photos(folder / "photos", {"train": 90, "test": 45})
+    embed(photos, folder / "s.h5", backbone=NAME)
+    fit(folder / "s.h5", folder / "m.model", head="logistic", params={"C": 1.0})
+    return Work(photos, folder / "m.model")
+
+
+QUICK: dict[str, Any] = {
+    "backbone": NAME, "device": "cpu", "workers": 1, "epochs": 2, "batch_size": 16, "unfreeze": "last:2",
+    "lr": 3e-3, "head_lr": 3e-3, "cache": "yes", "engine": "torch-eager",
+}  # fmt: skip
+
+
+def tune(work: Work, output: Path, **options: Any) -> FinetuneResult:
+    return finetune(work.model, work.photos, output, **{**QUICK, **options})
+
+
+class Told(SilentProgress):
+    """Keeps the notes; at the step `stop_at` it is as if Ctrl-C were pressed."""
+
+    def __init__(self, stop_at: int = 0) -> None:
+        self.notes: list[str] = []
+        self.stop_at, self.steps, self.label = stop_at, 0, ""
+
+    def start(self, label: str, *, total: int, unit: str) -> None:
+        self.label = label
+
+    def advance(self, count: int, *, stages: Any = None) -> None:
+        if self.label == "fine-tuning":
+            self.steps += 1
+            if self.steps - 1 == self.stop_at and self.stop_at:  # the first tells where the run begins
+                signal.raise_signal(signal.SIGINT)
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+def test_it_learns_what_the_frozen_features_lack(work: Work, tmp_path: Path) -> None:
+    result = tune(work, tmp_path / "t.model", epochs=12, unfreeze="all", ema=0.5, seed=1)
+    probe, kept = (next(row for row in result.val if row["alpha"] == a) for a in (0.0, result.alpha))
+    assert result.alpha > 0
+    assert kept["accuracy"] > probe["accuracy"]
+    assert result.metrics is not None
+    assert result.metrics.accuracy > 0.8
+    assert "validated on" in result.describe()
+
+
+def scored_again(work: Work, model: Path) -> float:
+    """The log-loss on the test images of what `predict` says."""
+    answers = predict(model, [work.photos / "test"], backbone=NAME).predictions
+    return float(np.mean([-np.log(dict(p.topk)[Path(p.path).parent.name]) for p in answers]))
+
+
+@pytest.mark.parametrize("unfreeze", ["all", "last:1", "layers.2"])
+def test_what_is_predicted_is_what_was_scored(work: Work, tmp_path: Path, unfreeze: str) -> None:
+    result = tune(work, tmp_path / "t.model", unfreeze=unfreeze, store_dtype="float32", start="random")
+    assert result.alpha == 1
+    assert result.metrics is not None
+    assert scored_again(work, tmp_path / "t.model") == pytest.approx(result.metrics.nll, abs=1e-5)
+    tuned, old = Model.load(tmp_path / "t.model"), Model.load(work.model)
+    assert tuned.spec.weights_sha256 != old.spec.weights_sha256
+    changed = {
+        name.partition(".")[0] + "." + name.split(".")[1]
+        for name, array in tuned.network.items()
+        if not np.array_equal(array, small_network.small().module.state_dict()[name].numpy())
+    }
+    last = {"last.0", "last.1"}
+    whole = {"stem.weight", "stem.bias", "norm.weight", "norm.bias", "layers.0", "layers.1", "layers.2"}
+    assert changed == {"last:1": last, "layers.2": last | {"layers.2"}, "all": last | whole}[unfreeze]
+
+
+def test_cached_and_live_take_the_same_steps(work: Work, tmp_path: Path) -> None:
+    cached = tune(work, tmp_path / "c.model", store_dtype="float32")
+    live = tune(work, tmp_path / "l.model", cache="no")
+    assert (cached.cached, live.cached) == (True, False)
+    assert not (tmp_path / "l.model.tail.h5").exists()
+    assert len(cached.losses) == 2 * -(-cached.n_train // 16)
+    np.testing.assert_allclose(cached.losses, live.losses, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        [row["log_loss"] for row in cached.val], [row["log_loss"] for row in live.val], rtol=1e-4
+    )
+
+
+def test_from_the_cache_no_image_is_opened_and_no_frozen_layer_runs(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = tune(work, tmp_path / "t.model", views=3)
+
+    def opened(*_: Any, **__: Any) -> None:
+        raise AssertionError("an image was opened")
+
+    monkeypatch.setattr(decode, "OpenImage", opened)
+    monkeypatch.setattr(sources, "load_pictures", opened)
+    small_network.stem_passes.clear()
+    again = tune(work, tmp_path / "t.model", views=3)
+    assert set(small_network.stem_passes) <= {1, 2}  # which probe for shapes
+    assert again.losses == first.losses
+    store = FeatureStore.open(tmp_path / "t.model.tail.h5")
+    (node,) = store.spec.nodes
+    assert (node.key, node.num_features, store.spec.views) == ("layers.1:flat", 12 * 4 * 4, 3)
+
+
+def test_images_that_cannot_be_used_cost_their_own_row(work: Work, tmp_path: Path) -> None:
+    photos = make_photos(tmp_path / "photos", {"train": 120, "test": 9})
+    (photos / "train" / "a" / "0000.png").write_bytes(b"")  # the first of all rows
+    found = {
+        cache: finetune(work.model, photos, tmp_path / cache, **{**QUICK, "cache": cache, "epochs": 1})
+        for cache in ("yes", "no")
+    }
+    assert found["yes"].n_train + found["yes"].n_val == 120
+    np.testing.assert_allclose(found["yes"].losses, found["no"].losses, rtol=0.02)
+    assert any("train/a/0000.png" in note for note in found["no"].notes)
+
+
+def test_a_tuned_model_is_tuned_further(work: Work, tmp_path: Path) -> None:
+    first = tune(work, tmp_path / "1.model", epochs=8, unfreeze="all", seed=1)
+    assert first.alpha > 0
+    second = finetune(
+        tmp_path / "1.model", work.photos, tmp_path / "2.model", **{**QUICK, "lr": 0.0, "head_lr": 0.0}
+    )
+    assert second.val[0]["accuracy"] == max(row["accuracy"] for row in first.val)
+    assert second.settings["start"] == "model"
+    assert second.probe_kept
+    one, two = arrays_of(tmp_path / "1.model"), arrays_of(tmp_path / "2.model")
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+
+
+def test_augmented_views_are_trained_on_and_plain_ones_scored(work: Work, tmp_path: Path) -> None:
+    plain = tune(work, tmp_path / "p.model", lr=0.0, head_lr=0.0, batch_size=90)
+    several = tune(work, tmp_path / "v.model", lr=0.0, head_lr=0.0, batch_size=90, views=3)
+    fresh = tune(work, tmp_path / "f.model", lr=0.0, head_lr=0.0, batch_size=90, views=2, cache="no")
+    assert plain.losses[0] == pytest.approx(plain.losses[1], rel=1e-5)  # nothing moves, nothing is drawn
+    for result in (several, fresh):
+        assert result.losses[0] != pytest.approx(result.losses[1], rel=1e-3)
+        assert result.val[0]["log_loss"] == pytest.approx(plain.val[0]["log_loss"], rel=1e-3)
+
+
+def test_trivial_augment_draws_every_epoch_and_cannot_be_cached(work: Work, tmp_path: Path) -> None:
+    still = {"lr": 0.0, "head_lr": 0.0, "batch_size": 90, "cache": "auto", "trivial_augment": True}
+    result = tune(work, tmp_path / "t.model", **still)
+    assert not result.cached
+    assert result.losses[0] != pytest.approx(result.losses[1], rel=1e-3)
+    assert result.losses == tune(work, tmp_path / "u.model", **still).losses
+    with pytest.raises(DataError, match="activations cannot be cached"):
+        tune(work, tmp_path / "v.model", **{**still, "cache": "yes"})
+
+
+def test_the_probe_is_kept_where_tuning_does_not_beat_it(work: Work, tmp_path: Path) -> None:
+    result = tune(work, tmp_path / "t.model", lr=0.0, head_lr=0.0)
+    assert result.probe_kept
+    assert "the fitted head is kept: fine-tuning did not beat it on val (" in result.describe()
+    kept, old = Model.load(tmp_path / "t.model"), Model.load(work.model)
+    assert not kept.network
+    np.testing.assert_array_equal(kept.arrays["coef"], old.arrays["coef"])
+    assert result.metrics is not None
+    answers = predict(work.model, [work.photos / "test"], backbone=NAME).predictions
+    right = np.mean([p.label == Path(p.path).parent.name for p in answers])
+    assert result.metrics.accuracy == pytest.approx(right)
+
+
+def test_batch_norm_statistics_move_only_when_asked(work: Work, tmp_path: Path) -> None:
+    old = small_network.small().module.state_dict()["last.1.running_mean"].numpy()
+    for how, same in (("frozen", True), ("trained", False)):
+        result = tune(work, tmp_path / how, batch_norm=how, start="random", epochs=1, store_dtype="float32")
+        assert result.metrics is not None
+        now = Model.load(tmp_path / how).network["last.1.running_mean"]
+        assert np.array_equal(now, old) == same
+        assert scored_again(work, tmp_path / how) == pytest.approx(result.metrics.nll, abs=1e-5)
+
+
+def test_the_options_of_training_change_it(work: Work, tmp_path: Path) -> None:
+    losses = {
+        str(more): tune(work, tmp_path / "t.model", epochs=1, **more).losses
+        for more in (
+            {}, {"mixup": 0.4}, {"label_smoothing": 0.2}, {"clip": 1e-6}, {"layer_decay": 0.1}, {"seed": 3},
+            {"weight_decay": 5.0}, {"warmup": 1.0}, {"start": "model"},
+            {"precision": "bfloat16", "cache": "no"},
+        )
+    }  # fmt: skip
+    assert len(set(losses.values())) == len(losses)
+
+
+def test_the_moving_average_is_validated_and_not_trained_on(work: Work, tmp_path: Path) -> None:
+    plain, averaged = tune(work, tmp_path / "p.model"), tune(work, tmp_path / "a.model", ema=0.5)
+    assert averaged.losses == plain.losses
+    assert averaged.val[-1] != plain.val[-1]
+
+
+def test_the_curve_is_a_table_and_a_picture(work: Work, tmp_path: Path) -> None:
+    result = tune(work, tmp_path / "t.model", epochs=3)
+    rows = list(csv.DictReader((tmp_path / "t.model.curve.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    steps = len(result.losses) // 3
+    weights = np.full(steps, 16.0)
+    weights[-1] = result.n_train - 16 * (steps - 1)
+    assert float(rows[0]["loss"]) == pytest.approx(
+        np.average(result.losses[:steps], weights=weights), rel=1e-4
+    )
+    with Image.open(tmp_path / "t.model.curve.png") as picture:
+        assert picture.format == "PNG"
+        assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 4
+    report = json.loads((tmp_path / "t.model.json").read_text())
+    assert report["epochs"] == 3
+    assert report["settings"]["batch_size"] == 16
+
+
+# Stopping and going on
+
+
+def run_in_process(work: Work, output: Path, env: dict[str, str], *launcher: str) -> Any:
+    code = (
+        "import sys, torch; torch.set_num_threads(1); sys.path.insert(0, sys.argv[1])\n"
+        "import test_finetune as t; from pathlib import Path\n"
+        "work = t.Work(Path(sys.argv[2]), Path(sys.argv[3]))\n"
+        "result = t.tune(work, Path(sys.argv[4]), checkpoint_seconds=0.0, start='random')\n"
+        "import os; os.environ.get('RANK', '0') == '0' and print(list(result.losses))"
+    )
+    script = output.with_suffix(".py")
+    script.write_text(code)
+    command = [sys.executable, *launcher, script, TESTS, work.photos, work.model, output]
+    return subprocess.run(
+        [str(part) for part in command], env={**os.environ, **env}, capture_output=True, text=True,
+        cwd=TESTS, timeout=120,
+    )  # fmt: skip
+
+
+def arrays_of(path: Path) -> dict[str, np.ndarray]:
+    model = Model.load(path)
+    return {**model.arrays, **model.network}
+
+
+def curve_of(model: Path) -> list[dict[str, str]]:
+    """All of it but the seconds."""
+    rows = csv.DictReader(model.with_name(model.name + ".curve.csv").open())
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def test_a_killed_run_goes_on_to_the_same_weights_bit_for_bit(work: Work, tmp_path: Path) -> None:
+    tune(work, tmp_path / "whole.model", start="random")
+    killed = run_in_process(work, tmp_path / "t.model", {"FAIL_AT": "8"})
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "t.model").exists()
+    told = Told()
+    tune(work, tmp_path / "t.model", start="random", progress=told)
+    assert any("goes on after step 7," in note for note in told.notes)
+    expected, found = arrays_of(tmp_path / "whole.model"), arrays_of(tmp_path / "t.model")
+    assert expected.keys() == found.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(array, found[name])
+
+
+def test_activations_of_another_cut_are_refused(work: Work, tmp_path: Path) -> None:
+    tune(work, tmp_path / "t.model", epochs=1)
+    with pytest.raises(SpecMismatch, match=r"tail\.h5 holds activations for .*nodes is .* Or remove"):
+        tune(work, tmp_path / "t.model", epochs=1, unfreeze="last:1")
+
+
+def test_ctrl_c_keeps_the_best_so_far_and_goes_on(work: Work, tmp_path: Path) -> None:
+    options = {"start": "random", "epochs": 3, "ema": 0.5, "mixup": 0.3, "views": 2}
+    whole = tune(work, tmp_path / "w.model", **options)
+    steps = len(whole.losses) // 3
+    told = Told(stop_at=steps + 2)
+    with pytest.raises(KeyboardInterrupt):
+        tune(work, tmp_path / "t.model", progress=told, **options)
+    assert any("has the best so far; the same command goes on" in note for note in told.notes)
+    assert Model.load(tmp_path / "t.model").network
+    assert (tmp_path / "t.model.checkpoint").exists()
+    told = Told()
+    result = tune(work, tmp_path / "t.model", progress=told, **options)
+    assert any(f"goes on after step {steps + 3}" in note for note in told.notes)
+    assert result.losses == whole.losses
+    assert curve_of(tmp_path / "t.model") == curve_of(tmp_path / "w.model")
+    assert not (tmp_path / "t.model.checkpoint").exists()
+    for name, array in arrays_of(tmp_path / "w.model").items():
+        np.testing.assert_array_equal(array, arrays_of(tmp_path / "t.model")[name])
+
+
+def test_before_the_first_epoch_ends_ctrl_c_writes_no_model(work: Work, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        tune(work, tmp_path / "t.model", progress=Told(stop_at=2))
+    assert not (tmp_path / "t.model").exists()
+    assert (tmp_path / "t.model.checkpoint").exists()
+    with pytest.raises(ModelError, match=r"is of another run: lr was 0.003, not 0.1\. .* --restart"):
+        tune(work, tmp_path / "t.model", lr=0.1)
+    assert tune(work, tmp_path / "t.model", lr=0.1, restart=True).epochs == 2
+
+
+def test_a_damaged_checkpoint_is_one_line(work: Work, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        tune(work, tmp_path / "t.model", progress=Told(stop_at=2))
+    checkpoint = tmp_path / "t.model.checkpoint"
+    sound = checkpoint.read_bytes()
+    checkpoint.write_bytes(sound[:-5] + bytes([sound[-5] ^ 1]) + sound[-4:])
+    with pytest.raises(ModelError, match=r"checkpoint is damaged\. Begin again with --restart"):
+        tune(work, tmp_path / "t.model")
+    for content in (b"", b"\x10" + bytes(7) + b"{}"):
+        (tmp_path / "t.model.checkpoint").write_bytes(content)
+        with pytest.raises(ModelError, match=r"is no checkpoint, or damaged\. Begin again with --restart"):
+            tune(work, tmp_path / "t.model")
+
+
+def test_ranks_together_take_the_steps_of_one(work: Work, tmp_path: Path) -> None:
+    alone = tune(work, tmp_path / "a.model", start="random")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    ran = run_in_process(work, tmp_path / "r.model", {"OMP_NUM_THREADS": "1"}, *launcher)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    losses = json.loads(ran.stdout.strip().splitlines()[-1])
+    np.testing.assert_allclose(losses, alone.losses, rtol=1e-4)
+    one, two = arrays_of(tmp_path / "a.model"), arrays_of(tmp_path / "r.model")
+    assert one.keys() == two.keys()
+    for name, array in one.items():
+        np.testing.assert_allclose(array, two[name], atol=1e-4)
+
+
+# What is refused, and what is said
+
+
+def test_classes_the_model_does_not_know_are_added(work: Work, tmp_path: Path) -> None:
+    more = make_photos(tmp_path / "more", {"train": 40, "test": 20}, kinds="bcd")
+    for start in ("model", "refit"):
+        result = finetune(work.model, more, tmp_path / "t.model", **{**QUICK, "start": start, "epochs": 8})
+        assert "classes that the model did not know: d" in result.notes
+        assert "no training row has the class a: it may be forgotten" in result.notes
+        assert result.alpha > 0
+        assert Model.load(tmp_path / "t.model").classes == ("a", "b", "c", "d")
+
+
+def test_a_class_without_training_rows_counts_as_errors(work: Work, tmp_path: Path) -> None:
+    photos = make_photos(tmp_path / "photos", {"train": 30, "test": 9})
+    stripes(photos / "test" / "z" / "1.png", kind=0, seed=5)
+    result = finetune(work.model, photos, tmp_path / "t.model", **QUICK)
+    assert "no training row has the class z, so its rows count as errors" in result.notes
+    assert result.metrics is not None
+    assert result.metrics.n == 10
+    assert result.metrics.per_class[result.metrics.classes.index("z")].accuracy == 0
+
+
+def test_no_class_in_common_is_refused(work: Work, tmp_path: Path) -> None:
+    other = make_photos(tmp_path / "other", {"train": 12, "test": 6}, kinds="xyz")
+    with pytest.raises(HeadError, match="the model knows a, b, c; the data has x, y, z: no class in common"):
+        finetune(work.model, other, tmp_path / "t.model", **QUICK)
+
+
+def test_a_head_that_is_not_linear_is_refused(work: Work, tmp_path: Path) -> None:
+    fit(work.model.with_name("s.h5"), tmp_path / "k.model", head="knn", params={"k": 3})
+    with pytest.raises(ModelError, match="has the head knn, .* featcache fit STORE --head logistic"):
+        finetune(tmp_path / "k.model", work.photos, tmp_path / "t.model", **QUICK)
+
+
+def test_a_truncated_model_another_backbone_and_a_store_are_one_line(work: Work, tmp_path: Path) -> None:
+    (tmp_path / "cut.model").write_bytes(work.model.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="damaged or cut short"):
+        finetune(tmp_path / "cut.model", work.photos, tmp_path / "t.model", **QUICK)
+    loaded = Model.load(work.model)
+    replace(loaded, spec=replace(loaded.spec, weights_sha256="0" * 64)).save(tmp_path / "other.model")
+    with pytest.raises(BackboneError, match="was fitted on features of .* with weights 0000"):
+        finetune(tmp_path / "other.model", work.photos, tmp_path / "t.model", **QUICK)
+    store = work.model.with_name("s.h5")
+    with pytest.raises(HeadError, match="is a feature store, which would be replaced"):
+        finetune(work.model, work.photos, store, **QUICK)
+
+
+def test_an_unknown_block_names_the_nearest(work: Work, tmp_path: Path) -> None:
+    with pytest.raises(UnknownNode, match=r"has no node 'layer\.2'; try layers\.2") as error:
+        tune(work, tmp_path / "t.model", unfreeze="layer.2")
+    assert "last:K" in error.value.__notes__[0]
+
+
+def test_a_loss_that_is_no_number_is_one_line(work: Work, tmp_path: Path) -> None:
+    with pytest.raises(
+        HeadError, match=r"the loss is (nan|inf) at step \d+ of \d+, with --lr 1e\+30 and --head-lr .*: pass"
+    ):
+        tune(work, tmp_path / "t.model", lr=1e30, clip=0.0)
+    assert not (tmp_path / "t.model").exists()
+
+
+def test_later_it_keeps_the_best_so_far(work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from featcache.tuning.schedule import Schedule
+
+    rate = Schedule.factor
+    late = -(-tune(work, tmp_path / "u.model", epochs=1).n_train // 16) + 1
+    monkeypatch.setattr(Schedule, "factor", lambda self, step: rate(self, step) if step < late else 1e38)
+    result = tune(work, tmp_path / "t.model", start="random", epochs=3, clip=0.0)
+    assert "pass lower ones" in result.why_ended
+    assert result.best_epoch == 1
+    assert all(np.isfinite(array).all() for array in arrays_of(tmp_path / "t.model").values())
+
+
+@pytest.mark.parametrize(
+    ("write", "read", "free", "cached", "words"),
+    [
+        (1e12, 1e12, 1e12, True, "MB in .*tail.h5, 1,000.0 GB are free"),
+        (1e12, 1e2, 1e12, False, "s with a cache, .* s without"),
+        (1e12, 1e12, 1e3, False, "not cached: it would take 0.1 MB"),
+    ],
+)
+def test_whether_to_cache_is_measured_and_said(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: float, read: float, free: float,
+    cached: bool, words: str,
+) -> None:  # fmt: skip
+    speed = activations.DiskSpeed(write=write, read=read)
+    monkeypatch.setattr(activations, "disk_speed", lambda *_, **__: speed)
+    usage = type("Usage", (), {"free": free})
+    monkeypatch.setattr(activations.shutil, "disk_usage", lambda path: usage)
+    told = Told()
+    result = tune(work, tmp_path / "t.model", cache="auto", epochs=4, progress=told)
+    assert result.cached == cached
+    assert any(re.search(words, note) for note in told.notes)
+
+
+def test_the_command_says_what_it_did(work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(TESTS)
+    arguments = ["finetune", work.model, work.photos, "-o", tmp_path / "t.model", "--backbone", NAME]
+    ran = CliRunner().invoke(
+        main, [*map(str, arguments), "--epochs", "1", "--unfreeze", "last:1", "--json", "-q"]
+    )
+    assert ran.exit_code == 0, ran.output
+    said = json.loads(ran.stdout)
+    assert (said["epochs"], said["blocks"], said["n_val"] + said["n_train"]) == (1, ["last.0"], 90)
+    ran = CliRunner().invoke(main, [*map(str, arguments), "--unfreeze", "nothing"])
+    assert ran.exit_code == 1
+    assert "has no node 'nothing'" in ran.output
