@@ -99,9 +99,9 @@ TRAPS = (
     ),
     Trap(
         name="9 a learning rate tied to the batch size",
-        file="heads/linear.py",
-        honest="torch.split(order, STEP_ROWS)",
-        trapped="torch.split(order, self.batch_size)",
+        file="heads/minibatch.py",
+        honest="            optimizer.step([",
+        trapped="                optimizer.step([",
         tests="test_heads.py",
         select="batch_size",
     ),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import make_toy_store, toy_spec
 from gaussians import gaussian_features
 
 from featcache.errors import HeadError
@@ -17,7 +19,11 @@ from featcache.fitting.rows import choose_rows
 from featcache.heads import HEADS
 from featcache.heads.entry import RATE, Entry, Size
 from featcache.processors import usable_processors
+from featcache.records import RowStatus
 from featcache.store.features import FeatureSet
+from featcache.store.layout import SOURCE_DTYPE
+from featcache.store.reader import FeatureStore
+from featcache.store.writer import StoreWriter
 
 NAMES = {name for name, kind in HEADS.items() if kind.entry}
 
@@ -223,3 +229,45 @@ def test_500_configurations_on_random_labels_leave_the_score_at_chance(
     # Three standard deviations of a binomial with p = 1/3.
     assert abs(right / total - 1 / 3) < 3 * (2 / 9 / total) ** 0.5
     assert chosen_right > right  # on the rows it was chosen by, the best of a sweep is above chance
+
+
+def test_augmented_vectors_reach_the_heads_that_use_them_and_no_others() -> None:
+    features = gaussian_features({"train": 60, "test": 30}, gap=1)
+    rng = np.random.default_rng(0)
+    views = tuple(features.X + rng.normal(size=features.X.shape).astype(np.float32) for _ in range(2))
+    augmented = replace(features, views=views)
+    given = {"lr": 1e-2, "weight_decay": 0.1, "epochs": 3}
+    plain, more = (
+        fit_features(some, head="linear", params=given, curve=False)[1] for some in (features, augmented)
+    )
+    assert not np.array_equal(plain.arrays["coef"], more.arrays["coef"])
+    first, second = (fit_features(some, head="ridge", curve=False)[1] for some in (features, augmented))
+    np.testing.assert_array_equal(first.arrays["coef"], second.arrays["coef"])
+    scored = np.flatnonzero(features.splits == "test")
+    for view in views:
+        view[scored] = np.nan  # of rows that are scored, no view is looked at
+    again = fit_features(replace(features, views=views), head="linear", params=given, curve=False)[1]
+    np.testing.assert_array_equal(again.arrays["coef"], more.arrays["coef"])
+
+
+@pytest.mark.parametrize("nodes", [["penultimate"], ["stem:max", "penultimate"]])
+def test_a_store_gives_the_other_views_of_the_same_rows(tmp_path: Path, nodes: list[str]) -> None:
+    path = make_toy_store(tmp_path / "s.h5", n=10, fill=False, spec=toy_spec(views=3, views_seed=0))
+    store = FeatureStore.open(path, check=False)
+    with StoreWriter(store.layout) as writer:
+        for block in range(store.layout.n_blocks):
+            rows = store.layout.rows_of(block)
+            n = rows.stop - rows.start
+            drawn = {
+                key: np.random.default_rng([block, i]).normal(size=(n, region.shape[1])).astype(np.float32)
+                for i, (key, region) in enumerate(sorted(store.layout.features.items()))
+            }
+            status = np.full(n, RowStatus.OK, dtype=np.uint8)
+            writer.write_block(block, features=drawn, row_status=status, sources=np.zeros(n, SOURCE_DTYPE))
+    opened = FeatureStore.open(path)
+    found = opened.features(nodes, with_views=True)
+    assert len(found.views) == 2
+    for view, vectors in enumerate(found.views, start=1):
+        np.testing.assert_array_equal(vectors, opened.features(nodes, view=view).X)
+    assert not np.array_equal(found.views[0], found.views[1])
+    assert opened.features(nodes).views == ()

@@ -451,6 +451,7 @@ def test_the_card_says_what_a_person_must_know(toy: Path, tmp_path: Path) -> Non
         "# m.onnx",
         "images: `photos`",
         "blue, green, red",
+        f"fitted on {len(model.trained_on)} images",
         "weights: user, no weights",
         "licence of the weights: yours",
         f"| accuracy | {model.metrics['accuracy']:.4f} | {low:.4f} to {high:.4f} |",

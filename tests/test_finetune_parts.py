@@ -168,8 +168,8 @@ def test_several_nodes_come_out_of_one_tail_unless_one_lies_before_it() -> None:
     images = images_for(backbone)
     expected = torch.cat(list(extractor(images).values()), dim=1)
     torch.testing.assert_close(fed(backbone, tail, images), expected, rtol=1e-5, atol=1e-6)
-    # The last layer alone cannot be the tail: a node before it is asked for as well.
-    assert cut_network(backbone, extractor.nodes, "last:1").key == "layers.2.relu_1:flat"
+    # What comes after last.0 alone cannot be the tail: nodes before it are asked for as well.
+    assert cut_network(backbone, extractor.nodes, "last.1").key == "layers.2.relu_1:flat"
 
 
 def test_a_flat_node_is_all_of_a_map() -> None:
@@ -223,6 +223,7 @@ def test_a_class_the_head_lacks_changes_nothing_at_the_start() -> None:
     features = gaussian_features({"": 60}, gap=1.0)
     head = build_head("logistic", {"C": 1.0}, seed=0).fit(features.X, features.y)
     assert isinstance(head, LinearHead)
+    head.coef_, head.intercept_ = head.coef_ + 3, head.intercept_ - 100  # which changes no probability
     layer = make_layer(*head.as_linear(), columns=[3, 0, 2], n_classes=5)
     found = torch.softmax(layer(torch.from_numpy(features.X)), dim=1).detach().numpy()
     np.testing.assert_allclose(found[:, [3, 0, 2]], head.predict_proba(features.X), atol=1e-4)
@@ -293,16 +294,17 @@ def trainer(best: float | None, score_of: Any, start: str = "refit") -> Any:
         ({0.0: 0.8, 1.0: 0.8, 2.0: 0.8, 3.0: 0.8, 4.0: 0.8}, 0.0),  # ties are the start's
         ({0.0: 0.8, 1.0: 0.8, 2.0: 0.9, 3.0: 0.9, 4.0: 0.85}, 0.5),
         ({0.0: 0.8, 1.0: 0.7, 2.0: 0.7, 3.0: 0.7, 4.0: 0.81}, 1.0),
+        ({0.0: 0.8, 1.0: 0.7, 2.0: 0.805, 3.0: 0.7, 4.0: 0.7}, 0.0),  # one row more may be chance
     ],
 )
 def test_the_weights_are_the_best_between_start_and_tuned(
     accuracies: dict[float, float], alpha: float
 ) -> None:
+    def score_of(w: float) -> Score:
+        return Score(accuracy=accuracies[w], nll=1.0, hits=np.arange(200) < 200 * accuracies[w])
+
     found = choose_weights(
-        trainer(4.0, lambda w: Score(accuracy=accuracies[w], nll=1.0)),
-        {"w": torch.tensor([0.0])},
-        Score(accuracy=accuracies[0.0], nll=1.0),
-        progress=SilentProgress(),
+        trainer(4.0, score_of), {"w": torch.tensor([0.0])}, score_of(0.0), progress=SilentProgress()
     )
     assert found.alpha == alpha
     assert found.weights["w"].item() == 4.0 * alpha
@@ -327,6 +329,19 @@ def test_scores_are_compared_by_accuracy_then_log_loss() -> None:
     assert Score(accuracy=0.9, nll=0.1).beats(Score(accuracy=0.9, nll=0.2))
     assert not Score(accuracy=0.9, nll=0.1).beats(Score(accuracy=0.9, nll=0.1))
     assert not Score(accuracy=1.0, nll=math.nan).beats(None)
+
+
+def test_clearly_better_is_by_more_than_a_standard_error() -> None:
+    def of(right: int, wrong: int) -> Score:
+        """Right on so many of the last 50 rows that the other misses, wrong on so many of its 50."""
+        hits = np.r_[np.arange(50) >= wrong, np.arange(50) < right]
+        return Score(accuracy=float(hits.mean()), nll=1.0, hits=hits)
+
+    other = of(0, 0)
+    assert of(6, 1).clearly_beats(other)  # 5 of 7 rows: sqrt(7) is 2.6
+    assert not of(5, 3).clearly_beats(other)  # 2 of 8
+    assert not of(1, 0).clearly_beats(other)
+    assert not of(0, 9).clearly_beats(other)
 
 
 def test_val_rows_are_kept_from_training_and_test_rows_from_both() -> None:

@@ -136,6 +136,14 @@ def test_lda_is_scikit_learns(n: int, d: int, k: int, shrinkage: float, balanced
     np.testing.assert_allclose(ours.predict_proba(X), theirs.predict_proba(Z), rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6)])
+def test_lda_tells_classes_whose_rows_are_alike(shape: tuple[int, int]) -> None:
+    X = np.random.default_rng(0).normal(size=shape)
+    X, y = np.concatenate([X, X]), np.tile(np.arange(len(X)), 2)
+    for shrinkage in (1e-3, 0.5):
+        assert DiscriminantHead(shrinkage).fit(X, y).score(X, y) == 1.0
+
+
 @pytest.mark.parametrize("weight", ["balanced", {0: 3.0, 1: 0.5}])
 @pytest.mark.parametrize("shape", [MANY, FEW])
 def test_weights_of_classes_are_scikit_learns(shape: tuple[int, int, int], weight: Any) -> None:

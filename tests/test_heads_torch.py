@@ -20,13 +20,23 @@ from featcache.evaluate.splits import make_folds
 from featcache.heads import HEADS, trained
 from featcache.heads.batches import Walk
 from featcache.heads.linear import MinibatchHead
-from featcache.heads.minibatch import Part, side_by_side
+from featcache.heads.minibatch import Part, Rows, side_by_side
 from featcache.heads.mlp import MLPHead
+from featcache.heads.standardize import Standardizer
 
 NAMES = ("linear", "mlp")
 SMALL = {"linear": {"epochs": 3}, "mlp": {"epochs": 3, "width": 16}}
 CANDIDATES = [{"lr": lr, "weight_decay": decay} for lr in (1e-3, 1e-2) for decay in (0.1, 10.0)]
 EVERYTHING = {"mixup": 0.4, "label_smoothing": 0.1, "class_weight": "balanced"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads of torch that meet after every short operation are slow where processors are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def blobs(n: int = 600, *, d: int = 9, k: int = 3, seed: int = 0) -> tuple[Any, Any]:
@@ -258,16 +268,21 @@ def test_every_epoch_draws_a_view_of_each_row_and_the_plain_one_is_among_them() 
     assert (seen[0].sum(axis=0) > 700).all()
 
 
-@pytest.fixture
-def three_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
+def test_rows_kept_on_a_device_are_those_read_where_they_are() -> None:
+    X, _ = blobs(40)
+    arrays, device = [X, X + 1], torch.device("cpu")
+    index, view = np.array([[3, 7, 7], [39, 0, 1]]), np.array([[0, 1, 0], [1, 1, 0]])
+    rows = Rows(arrays, [Standardizer.of(X), Standardizer.of(X[:20])], device)
+    read = rows.take(index, view)
+    rows.table = torch.from_numpy(np.stack(arrays))  # as a CUDA device with room for them keeps them
+    assert torch.equal(rows.take(index, view), read)
+    expected = [Standardizer.of(part).apply((X + v)[i]) for part, i, v in ((X, 7, 1), (X[:20], 39, 1))]
+    np.testing.assert_allclose(read[[0, 1], [1, 0]], expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_seed_decides_everything_and_nothing_global_is_touched(name: str, three_threads: None) -> None:
+def test_the_seed_decides_everything_and_nothing_global_is_touched(name: str) -> None:
+    torch.set_num_threads(3)
     X, y = blobs()
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     first, second, other = (head_of(name, seed=seed, mixup=0.3).fit(X, y) for seed in (1, 1, 2))

@@ -114,7 +114,7 @@ class FinetuneResult:
         probe, best = by_alpha[0.0], by_alpha.get(1.0)
         if self.probe_kept and best is not None:
             lines.append(
-                f"the fitted head is kept: fine-tuning did not beat it on val "
+                f"the fitted head is kept: fine-tuning did not beat it on val by more than a standard error "
                 f"({best['accuracy']:.4f} to {probe['accuracy']:.4f})"
             )
         return lines

@@ -127,7 +127,7 @@ class _Judge:
         held = np.flatnonzero(folds.held_out)
         self.K = int(y.max()) + 1
         most = min(MOST_ROWS, max(MOST_SCORES // self.K, 1))
-        some = held[:: max(-(-len(held) // most), 1)]
+        some = held[np.linspace(0, len(held) - 1, min(most, len(held))).astype(np.int64)]
         self.y, self.fold = y[some], folds.fold[some] % MOST_FOLDS
         self.unit = None if folds.unit is None else folds.unit[some]
         self.n_folds = int(self.fold.max()) + 1

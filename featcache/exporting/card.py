@@ -11,6 +11,7 @@ from featcache.exporting import Format
 from featcache.exporting.agreement import Agreement
 from featcache.exporting.subject import PIXELS, Subject
 from featcache.images.decode import Decoder
+from featcache.model import Model
 from featcache.request import recorded_decoder
 from featcache.words import plural, show_text
 
@@ -37,7 +38,7 @@ def write_card(
     """The card of the exported file of that name."""
     model = subject.model
     sections = {
-        "Data": _data(model.provenance, model.metrics, model.classes),
+        "Data": _data(model),
         "Network and weights": _network(subject),
         "How good it is": _metrics(model.metrics),
         "Preprocessing": _preprocessing(subject, row),
@@ -57,15 +58,15 @@ def write_card(
     return "\n".join(lines) + "\n"
 
 
-def _data(provenance: Mapping[str, Any], metrics: Mapping[str, Any], classes: Sequence[str]) -> list[str]:
-    data = provenance.get("data")
+def _data(model: Model) -> list[str]:
+    data, metrics, classes = model.provenance.get("data"), model.metrics, model.classes
     path = data.get("path") if isinstance(data, Mapping) else None
     name = PurePath(path).name if isinstance(path, str) else "not recorded"
     shown = ", ".join(show_text(name) for name in classes[:SHOWN_CLASSES])
     more = f" and {len(classes) - SHOWN_CLASSES:,} more" if len(classes) > SHOWN_CLASSES else ""
     lines = [f"- images: `{show_text(name)}`"]
-    if isinstance(rows := metrics.get("n_train"), int):
-        lines.append(f"- fitted on {plural(rows, 'image')}")
+    if len(model.trained_on):
+        lines.append(f"- fitted on {plural(len(model.trained_on), 'image')}")
     if isinstance(rows := metrics.get("n"), int):
         lines.append(f"- scored on {plural(rows, 'image')}: {metrics.get('scored_on', 'held out')}")
     return [*lines, f"- classes, in the order of the probabilities: {shown}{more}"]

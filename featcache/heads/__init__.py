@@ -26,8 +26,8 @@ SKLEARN = "sklearn:"  # prefix of the heads that are any scikit-learn classifier
 class HeadKind:
     """A row of the registry: what selection needs to know of a head, and where its class is.
 
-    `arrays` gives the shape of every array of a fitted head in a model file, in K classes, D features and N
-    of anything; loading a model checks them before any head is built.
+    `arrays` gives the shape of every array of a fitted head in a model file, in K classes, D features, and H
+    and N of anything; loading a model checks them before any head is built.
     """
 
     name: str

@@ -12,6 +12,8 @@ from featcache.heads.closed import ClosedFormHead
 from featcache.heads.penalised import Penalised
 from featcache.heads.sums import ClassSums
 
+LEAST_SPREAD = 1e-6  # of all variance, that the classes are taken to have within
+
 
 class DiscriminantHead(ClosedFormHead):
     """The class of the highest normal density, all with one covariance, on standardised features z.
@@ -51,13 +53,13 @@ class DiscriminantHead(ClosedFormHead):
 
     def _solve(self, sums: ClassSums, heads: Sequence[Any]) -> None:
         weight, means = sums.class_weight, sums.means
-        between = (means - sums.mean) * np.sqrt(weight)[:, None]
-        total = sums.scatter()
-        within = (np.diag(total) if total.ndim == 1 else total) - between.T @ between
-        within /= weight.sum()
-        spread = float(np.trace(within)) / sums.n_features
-        # Above 0 also where the rows of every class are alike.
-        spread = max(spread, float(np.finfo(float).eps))
+        between = (means - sums.mean) * np.sqrt(weight / weight.sum())[:, None]
+        total = sums.scatter() / weight.sum()
+        total = np.diag(total) if total.ndim == 1 else total
+        within = total - between.T @ between
+        # Where the rows of every class are alike, what is left within is rounding.
+        least = LEAST_SPREAD * float(np.trace(total)) or 1.0
+        spread = max(float(np.trace(within)), least) / sums.n_features
         penalised = Penalised(within, noise=sums.noise)
         # s = 1 is the limit of a penalty that leaves nothing of S.
         kept = [max(1 - float(head.shrinkage), 1e-12) for head in heads]

@@ -1,6 +1,6 @@
 """Which weights are kept: those of the start, those that were trained, or some between them.
 
-The choice is made on the val rows, and the start wins ties.
+The choice is made on the val rows, and the start is left only for what is clearly better.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ class Choice:
 def choose_weights(trainer: Trainer, start: Weights, probe: Score, *, progress: Progress) -> Choice:
     """Weights on the line from the start to the best of training. probe: the score of the start.
 
+    Of several that are looked at one is the best by chance, and the fitted head has seen val rows as well: so
+    the start is left only for weights that are better by more than one standard error.
+
     From a start of random weights there is no such line, and what was trained is kept.
     """
     state = trainer.state
@@ -50,15 +53,16 @@ def choose_weights(trainer: Trainer, start: Weights, probe: Score, *, progress: 
     if trainer.settings.start == "random":
         return Choice(weights=state.best, alpha=1.0, scores={0.0: probe, 1.0: state.best_score})
     scores = {0.0: probe}
-    progress.start("weighing start and tuned", total=len(ALPHAS) - 2, unit="weights")
-    for alpha in ALPHAS[1:-1]:
+    progress.start("weighing start and tuned", total=len(ALPHAS) - 1, unit="weights")
+    for alpha in ALPHAS[1:]:
         scores[alpha] = trainer.score_weights(interpolate(start, state.best, alpha))
         progress.advance(1)
     progress.finish()
-    scores[1.0] = state.best_score
     best = 0.0
     for alpha, score in scores.items():
         if score.beats(scores[best]):
             best = alpha
+    if best and not scores[best].clearly_beats(probe):
+        best = 0.0
     weights = start if not best else interpolate(start, state.best, best)
     return Choice(weights=weights, alpha=best, scores=scores)

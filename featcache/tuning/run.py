@@ -153,7 +153,8 @@ class TuningRun:
         network.load_weights(choice.weights)
         rows, scores_test = self.rows, state.why_ended != STOPPED
         kept, metrics = self.model, None
-        if choice.alpha:
+        # A model that does not know all classes is no answer, even where training gained nothing.
+        if choice.alpha or rows.classes != self.model.classes:
             temperature = self._temperature(computing.scores(network, rows.val))
             if scores_test:
                 scores = computing.scores(network, rows.test)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,10 +20,11 @@ _ROWS = 256  # in one pass
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """How good weights are on rows they were not trained on."""
+    """How good weights are on rows they were not trained on. hits: which are right, where that is kept."""
 
     accuracy: float
     nll: float
+    hits: NDArray[np.bool_] | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of(cls, scores: NDArray[np.float64], y: NDArray[np.int64]) -> Score:
@@ -31,13 +32,25 @@ class Score:
         nll = -log_softmax(scores, axis=1)[np.arange(len(y)), y]
         known = y >= 0
         hits = (scores.argmax(axis=1) == y) & known
-        return cls(accuracy=float(hits.mean()), nll=float(np.where(known, nll, -math.log(1e-15)).mean()))
+        losses = np.where(known, nll, -math.log(1e-15))
+        return cls(accuracy=float(hits.mean()), nll=float(losses.mean()), hits=hits)
 
     def beats(self, other: Score | None) -> bool:
         """By accuracy, and where that is the same by log-loss; what is not finite beats nothing."""
         if not math.isfinite(self.nll):
             return False
         return other is None or (self.accuracy, -self.nll) > (other.accuracy, -other.nll)
+
+    def clearly_beats(self, other: Score) -> bool:
+        """By more rows than one standard error of their difference; both are of the same rows.
+
+        Of rows on which two models differ, each is a coin toss where neither is better (McNemar,
+        Psychometrika 1947).
+        """
+        if self.hits is None or other.hits is None:
+            raise ValueError("scores without their rows cannot be compared row by row")
+        difference = self.hits.astype(np.int64) - other.hits
+        return float(difference.sum()) > math.sqrt(np.abs(difference).sum())
 
 
 @dataclass(frozen=True, eq=False)

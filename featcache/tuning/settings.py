@@ -27,12 +27,12 @@ class Settings:
     patience: epochs without a better val score after which training ends.
     """
 
-    unfreeze: str = "last:2"
+    unfreeze: str = "last:4"
     start: Start = "refit"
     epochs: int = 10
     batch_size: int = 32
-    lr: float = 3e-4
-    head_lr: float = 1e-4
+    lr: float = 1e-3
+    head_lr: float = 1e-3
     layer_decay: float = 0.8
     warmup: float = 0.1
     weight_decay: float = 0.01

@@ -150,9 +150,13 @@ class Trainer:
             **{name: getattr(self.state, name) for name in _PLAIN},
             "why_ended": "" if self.state.why_ended == STOPPED else self.state.why_ended,
             "curve": [asdict(epoch) for epoch in self.state.curve],
-            "best_score": asdict(self.state.best_score) if self.state.best_score else None,
+            "best_score": self._best_score(),
         }
         return Checkpoint(arrays=arrays, progress=plain)
+
+    def _best_score(self) -> dict[str, float] | None:
+        found = self.state.best_score
+        return {"accuracy": found.accuracy, "nll": found.nll} if found else None
 
     def restore(self, found: Checkpoint) -> None:
         """Go on from a checkpoint of this run."""

@@ -100,6 +100,15 @@ class Originals:
 def _make_model(name: str) -> Model:
     if name == "linear":  # fitting one imports torch, which makes every fork slower; its arrays are the same
         return replace(_make_model("logistic"), head_name="linear", params={"weight_decay": 0.1})
+    if name == "mlp":
+        rng = np.random.default_rng(0)
+        arrays = {
+            "hidden": rng.normal(size=(4, 5)),
+            "hidden_bias": np.zeros(4),
+            "output": rng.normal(size=(3, 4)),
+            "output_bias": np.zeros(3),
+        }
+        return replace(_make_model("logistic"), head_name="mlp", params={"width": 4}, arrays=arrays)
     return fit_features(gaussian_features(), head=name, params=_QUICK.get(name), provenance=PROVENANCE)[1]
 
 
