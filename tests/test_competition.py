@@ -123,18 +123,22 @@ def test_the_standard_error_covers(seed: int) -> None:
     assert covered / 400 > 0.88
 
 
-def test_what_would_take_longer_than_the_budget_is_left_out_and_named() -> None:
-    features = gaussian_features({"train": 90, "test": 30})
-    size = Size(n=90, d=5, k=3, folds=5)
-    ncm, logistic = (HEADS[name].entry for name in ("ncm", "logistic"))
-    assert ncm
-    assert logistic
-    budget = (ncm.seconds(size) + logistic.seconds(size)) / 2
-    result = run(features, budget=budget)
+def test_what_would_take_longer_than_the_budget_is_left_out_and_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slow = Entry(simplicity=4, operations=lambda size: 61.0 * RATE * usable_processors())
+    monkeypatch.setitem(HEADS, "logistic", replace(HEADS["logistic"], entry=slow))  # type: ignore[misc]
+    result = run(gaussian_features({"train": 90, "test": 30}))
     assert "logistic" not in heads_of(result)
+    assert "knn" in heads_of(result)  # which comes after it, and is cheap
     why = {one.head: one.why for one in result.competition.left_out}["logistic"]
-    assert "more than is left" in why
-    assert "left out: " in result.describe()
+    assert why == "about 61 s, more than is left of the 60 s of --budget"
+    assert f"logistic ({why})" in result.describe()
+    assert "logistic" in heads_of(run(gaussian_features({"train": 90, "test": 30}), budget=100))
+
+
+def test_one_head_is_tried_whatever_the_budget() -> None:
+    assert heads_of(run(gaussian_features({"train": 90, "test": 30}), budget=1e-9)) == ["ncm"]
 
 
 def test_the_cost_of_a_head_is_its_arithmetic_at_a_fixed_rate() -> None:

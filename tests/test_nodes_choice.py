@@ -164,7 +164,7 @@ def test_the_nodes_that_are_chosen_do_not_depend_on_the_rows_that_are_scored(tmp
 
 
 def test_the_best_of_many_nodes_on_random_labels_is_at_chance(tmp_path: Path) -> None:
-    """Trap: a score that the choice was made by. Picked by their score, the same nodes are far above chance."""
+    """Trap: a score that was chosen by. Picked by their score, the same nodes are far above chance."""
     right, best_right, total = 0.0, 0.0, 0
     columns = {f"n{i}": list(range(3 * i, 3 * i + 3)) for i in range(60)}
     for seed in range(4):

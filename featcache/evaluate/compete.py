@@ -143,11 +143,14 @@ def compete(
         kind = field_[0]
         selection = select(kind.name, kind, params_of(kind), rows=rows, seed=seed)
         return Competition(contenders=(), left_out=(), weighted=False), kind.name, selection
-    left_out, found, planned = [], {}, 0.0
+    found: dict[str, tuple[Selection, float]] = {}
+    left_out, planned = [], 0.0
     for kind in field_:
         wanted = _entry(kind).seconds(size)
         spent = max(planned, time.perf_counter() - started)
-        why = why_not(kind) or _unfit(_entry(kind), rows) or _too_long(wanted, spent, budget)
+        why = why_not(kind) or _unfit(_entry(kind), rows)
+        if found and not why:  # one head is tried whatever the budget
+            why = _too_long(wanted, spent, budget)
         if why:
             left_out.append(LeftOut(head=kind.name, why=why))
             continue
