@@ -31,16 +31,16 @@ class Trap:
 TRAPS = (
     Trap(
         name="1 backbone left in train mode",
-        file="engines/torch_eager.py",
-        honest="        self._extractor.eval()\n",
-        trapped="        self._extractor.train()\n",
+        file="engines/replicas.py",
+        honest="            yield network.eval()\n",
+        trapped="            yield network.train()\n",
         tests="test_engines.py",
         select="train or statistics",
     ),
     Trap(
         name="2 one image and a batch pooled differently",
         file="engines/torch_eager.py",
-        honest="return {key: value[:count].cpu().numpy() for key, value in vectors.items()}",
+        honest="return {key: value[:count].numpy() for key, value in vectors.items()}",
         trapped="return {k: (v[:1] - v[:1].mean() if count == 1 else v[:count]).numpy() for k, v in "
         "vectors.items()}",
         tests="test_predict.py",
@@ -83,9 +83,9 @@ TRAPS = (
     Trap(
         name="7 an HDF5 handle shared by forked workers",
         file="store/layout.py",
-        honest='        with h5py.File(path, "r", locking=False) as file:\n',
-        trapped='        _open.append(h5py.File(path, "r", locking=False))\n'
-        "        for file in _open[-1:]:\n",
+        honest="            return MappedFile.of(file.fileno())\n",
+        trapped='            globals().setdefault("_open", []).append(h5py.File(path, "r", locking=False))\n'
+        "            return MappedFile.of(file.fileno())\n",
         tests="test_store.py",
         select="forked",
     ),
