@@ -502,3 +502,11 @@ def test_the_guide_quotes_the_file_as_it_is() -> None:
     guide = (root / "docs" / "adding-a-backbone.md").read_text()
     quoted = guide.partition("```python\n")[2].partition("```")[0]
     assert quoted == (root / "tests" / "channel_mean.py").read_text()
+
+
+def test_weights_of_a_network_that_asks_for_its_version_are_read(tmp_path: Path) -> None:
+    """MNASNet refuses tensors that do not say which version they are of, as those of a safetensors file."""
+    made = load_backbone("mnasnet0_5", weights="random", seed=3)
+    save_file(made.module.state_dict(), tmp_path / "w.safetensors")
+    read = load_backbone("mnasnet0_5", weights=str(tmp_path / "w.safetensors"))
+    assert read.weights.sha256 == made.weights.sha256

@@ -35,8 +35,9 @@ def with_tensors(backbone: Backbone, tensors: Mapping[str, NDArray[Any]], *, lab
             f"{label} holds tensors of another network than {backbone.name}: {', '.join(differing[:3])} "
             "missing, unexpected or of another shape. Use the library versions it was made with."
         )
-    state = {name: torch.from_numpy(np.array(array)) for name, array in tensors.items()}
-    backbone.module.load_state_dict(state, strict=False)
+    state = backbone.module.state_dict()  # with the versions of its modules, which MNASNet asks for
+    state.update({name: torch.from_numpy(np.array(array)) for name, array in tensors.items()})
+    backbone.module.load_state_dict(state)
     freeze(backbone.module)
     return replace(backbone, weights=tuned_identity(backbone, label=label))
 

@@ -65,7 +65,7 @@ class EstimatorHead(Head):
 
         An estimator with neither gets 0.99 for its label and an even share of the rest for the others.
         """
-        pipeline, n_classes = self.pipeline_, len(self.classes_)
+        pipeline, n_classes, X = self.pipeline_, len(self.classes_), _wide_enough(X)
         if hasattr(pipeline, "predict_proba"):
             return np.asarray(pipeline.predict_proba(X), dtype=np.float64)
         if hasattr(pipeline, "decision_function"):
@@ -84,7 +84,7 @@ class EstimatorHead(Head):
     def predict(self, X: ArrayLike) -> NDArray[Any]:
         """What the estimator itself predicts."""
         X = self._check_input(X)
-        labels: NDArray[Any] = self.classes_[self.pipeline_.predict(X)]
+        labels: NDArray[Any] = self.classes_[self.pipeline_.predict(_wide_enough(X))]
         return labels
 
     def to_arrays(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
