@@ -7,7 +7,7 @@ engines; neither how images are found nor what becomes of the answers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -66,13 +66,15 @@ def load_network(
     recorded.require_permission(allowed)
     # The tensors are replaced, so it does not matter which ones the network is built with.
     built = load_backbone(recorded.name, weights=None if ":" in recorded.name else RANDOM, seed=recorded.seed)
+    recorded.require_transform(built)
+    # Weights from a file may be prepared for otherwise than the random ones are.
+    built = replace(built, preprocessing=model.spec.preprocessing)
     loaded = with_tensors(built, model.network, label=where)
     if loaded.weights.sha256 != model.spec.weights_sha256:
         raise BackboneError(
             f"{where} was fine-tuned as another network than {recorded.name} is here: its tensors have "
             f"{loaded.weights.sha256[:12]}… where {model.spec.weights_sha256[:12]}… is recorded."
         )
-    recorded.require_transform(loaded)
     return loaded
 
 

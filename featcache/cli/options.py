@@ -78,7 +78,7 @@ EMBED_OPTIONS = (
     ),
     seed_option,
     click.option(
-        "--node", "nodes", multiple=True, metavar="NAME[:avg|max|cls]",
+        "--node", "nodes", multiple=True, metavar="NAME[:avg|max|cls|flat]",
         help="A node of the backbone's graph; repeatable. Default: the penultimate features.",
     ),
     click.option(

@@ -134,7 +134,7 @@ def merge(ctx: click.Context, /, stores: tuple[Path, ...], *, output: Path, as_j
 @click.option("--weights", metavar="FILE|random", help="As for embed; by default as the store was made.")
 @click.option("--seed", type=click.IntRange(0), help="Of random weights; by default as the store was made.")
 @click.option(
-    "--node", "nodes", multiple=True, metavar="NAME[:avg|max|cls]",
+    "--node", "nodes", multiple=True, metavar="NAME[:avg|max|cls|flat]",
     help="As for embed, repeatable; by default as the store was made.",
 )  # fmt: skip
 @click.option(

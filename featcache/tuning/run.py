@@ -21,7 +21,7 @@ from featcache.disk import open_regular
 from featcache.evaluate.metrics import Metrics, score
 from featcache.heads.temperature import fit_temperature
 from featcache.interrupts import StopRequest
-from featcache.model import Model
+from featcache.model import Model, image_keys
 from featcache.progress import Progress
 from featcache.store.features import FeatureSet
 from featcache.tuning.activations import Prepared
@@ -223,7 +223,13 @@ class TuningRun:
             metrics=scored,
             chosen={"by": "accuracy, then log-loss, on val rows", "candidates": tuned["val"]},
             network=network_tensors(self.backbone.module),
+            trained_on=np.union1d(self.model.trained_on, self._images_seen()),
         )
+
+    def _images_seen(self) -> NDArray[np.uint64]:
+        """Of the images that were trained on, and of those on which the weights were chosen."""
+        seen = np.concatenate([self.rows.train, self.rows.val])
+        return image_keys(self.prepared.images.sha256[seen])
 
 
 def _images_digest(images: FeatureSet) -> str:
