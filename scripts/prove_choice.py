@@ -2,8 +2,8 @@
 
     python scripts/prove_choice.py FEATURES.h5 [--per-decade 4 --lowest -4 --highest 0]
 
-scikit-learn's LogisticRegression is fitted on all training rows, standardised, at every C of the grid, and each
-is scored on the test rows: the best of these was chosen on them, so it is the highest bar a single C can set.
+scikit-learn's LogisticRegression is fitted on all training rows, standardised, at every C of the grid, and
+each is scored on the test rows: the best of these was chosen on them, so it is the highest bar of a single C.
 featcache chooses by cross-validation on the training rows and is scored once.
 """
 

@@ -88,6 +88,7 @@ PREPROCESSING_CHANGES: list[tuple[dict[str, Any], str, object, object]] = [
         ("color", "rgb-over-white-1", "rgb-over-white-2"),
         ("exif", "transpose", "ignore"),
         ("jpeg", "full", "scaled"),
+        ("transform", "", "mine:shift@0123456789abcdef"),
     )
 ]
 

@@ -57,6 +57,7 @@ MUTATIONS: dict[type, dict[str, list[Any]]] = {
         "color": ["rgb-over-white-2", "rgb-over-black-1"],
         "exif": ["ignore"],
         "jpeg": ["scaled"],
+        "transform": ["mine:shift@0123456789abcdef"],
     },
     FeatureNode: {
         "name": ["penultimate2", "penultimate:max", "pen"],
