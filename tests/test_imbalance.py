@@ -250,7 +250,7 @@ def test_the_command_line_takes_what_the_function_takes(tmp_path: Path) -> None:
         (["--shots", "1,x"], "not a list of numbers from 1"),
         (["--shots", "0"], "not a list of numbers from 1"),
         (["--budget", "0"], "not in the range"),
-        (["--precision", "1"], "not in the range"),
+        (["--wish-precision", "1"], "not in the range"),
         (["--nodes", "some"], "not one of"),
         (["--class-weight", "even"], "not 'balanced'"),
     ],

@@ -29,7 +29,7 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) 
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), metavar="MODEL",
-    help="The model file to write; the report goes to MODEL.json beside it.",
+    help="The model file to write; its report goes to MODEL.json. Default: the name of STORE, with .model.",
 )  # fmt: skip
 @click.option(
     "--head", default="auto", show_default=True, metavar="NAME",
@@ -65,7 +65,7 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) 
     help="Images of a group, such as a series or near-copies, stay on one side of every split.",
 )  # fmt: skip
 @click.option(
-    "--precision", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="SHARE",
+    "--wish-precision", "precision", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="SHARE",
     help="Say from which probability on answers are right that often.",
 )  # fmt: skip
 @click.option(

@@ -19,7 +19,13 @@ from featcache.store.layout import NO_SPLIT
 from featcache.store.reader import FeatureStore
 from featcache.words import show_text
 
-_TABLES = ("classes", "confusion", "per_class")  # of the metrics; the report beside a model has them
+_TABLES = (
+    "classes",
+    "confusion",
+    "confusion_counts",
+    "confused",
+    "per_class",
+)  # of the metrics; the report beside a model has them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +109,9 @@ def _model_facts(path: Path, model: Model) -> dict[str, Any]:
         "spec": model.spec.flat(),
         "fingerprint": model.fingerprint,
         "weights": f"{model.weights['source']}, {model.weights['label']}",
-        "metrics": {name: value for name, value in model.metrics.items() if name not in _TABLES},
+        "metrics": {
+            name: value for name, value in model.metrics.items() if name not in _TABLES and value is not None
+        },
         "bytes": os.path.getsize(path),
     }
 

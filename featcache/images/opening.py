@@ -189,6 +189,8 @@ def _sniff(data: bytes) -> _Format:
     start = data[:24].decode("ascii", errors="replace").strip().split("\n")[0].rstrip()
     if start.isprintable() and start.isascii() and start:
         raise Refused(f"not an image: begins with '{start}'")
+    if data.startswith(b"\x89HDF"):
+        raise Refused("a feature store, not an image: `featcache evaluate` takes it")
     raise Refused(f"not an image of a known format: begins with bytes {data[:8].hex(' ')}")
 
 
