@@ -65,7 +65,8 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) 
     help="Images of a group, such as a series or near-copies, stay on one side of every split.",
 )  # fmt: skip
 @click.option(
-    "--wish-precision", "precision", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="SHARE",
+    "--wish-precision", "precision", metavar="SHARE",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="Say from which probability on answers are right that often.",
 )  # fmt: skip
 @click.option(
