@@ -208,6 +208,16 @@ def test_nodes_compete_alone_and_together(tmp_path: Path, good: FeatureSet) -> N
     assert abs(named["useless"].test.accuracy - 1 / 3) < 0.15
 
 
+def test_the_order_in_which_nodes_are_named_makes_no_other_set(tmp_path: Path, good: FeatureSet) -> None:
+    store = two_nodes(tmp_path / "two.h5", good)
+    result = run(store, nodes=["penultimate", "penultimate+useless", "useless+penultimate"])
+    assert {frozenset(c.nodes) for c in result.candidates} == {
+        frozenset({"penultimate"}),
+        frozenset({"penultimate", "useless"}),
+    }
+    assert len(result.candidates) == 2
+
+
 def two_nodes(path: Path, features: FeatureSet) -> Path:
     """A store with the features and a node of noise beside them."""
     useless = FeatureNode(name="useless", num_features=2)

@@ -14,6 +14,7 @@ from gaussians import gaussian_features
 from featcache.errors import HeadError
 from featcache.evaluate.compete import competition_lines, paired_difference
 from featcache.evaluate.metrics import Z95
+from featcache.evaluate.select import _Search
 from featcache.fitting import fit_features
 from featcache.fitting.rows import choose_rows
 from featcache.heads import HEADS
@@ -139,6 +140,42 @@ def test_what_would_take_longer_than_the_budget_is_left_out_and_named(
 
 def test_one_head_is_tried_whatever_the_budget() -> None:
     assert heads_of(run(gaussian_features({"train": 90, "test": 30}), budget=1e-9)) == ["ncm"]
+
+
+def test_a_head_that_comes_after_the_budget_is_left_out_for_that() -> None:
+    result = run(gaussian_features({"train": 90, "test": 30}), budget=0.01 * 1e-6)
+    why = {one.head: one.why for one in result.competition.left_out}
+    assert why["ridge"] == "the 0.0 s of --budget were spent"
+
+
+def test_a_single_unit_does_not_tell_heads_apart() -> None:
+    found = paired_difference(np.ones(5), np.zeros(5), weights=np.ones(5), unit=np.zeros(5, dtype=np.int64))
+    assert (found.mean, found.se) == (1.0, np.inf)
+    contender = run(gaussian_features({"train": 90, "test": 30})).competition.contenders[0]
+    said = replace(contender, behind_se=found.se, ahead_se=np.nan).to_json()
+    assert (said["behind_se"], said["ahead_se"]) == (None, None)
+
+
+@pytest.mark.parametrize("spoiled", [{"ncm"}, {"knn", "logistic"}, NAMES])
+def test_heads_without_finite_scores_are_left_out_and_named(
+    monkeypatch: pytest.MonkeyPatch, spoiled: set[str]
+) -> None:
+    tables = _Search._tables
+
+    def spoil(self: Any, candidates: Any) -> Any:
+        for table in tables(self, candidates):
+            yield table * (np.nan if self.name in spoiled else 1.0)
+
+    monkeypatch.setattr(_Search, "_tables", spoil)
+    features = gaussian_features({"train": 90, "test": 30})
+    if spoiled == NAMES:
+        with pytest.raises(HeadError, match="no head can be fitted: ncm cannot be fitted: its scores"):
+            run(features)
+        return
+    result = run(features)
+    why = {one.head: one.why for one in result.competition.left_out}
+    assert all("not finite" in why[name] for name in spoiled)
+    assert not spoiled & set(heads_of(result))
 
 
 def test_the_cost_of_a_head_is_its_arithmetic_at_a_fixed_rate() -> None:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import log_loss
 
+from featcache.errors import HeadError
 from featcache.evaluate.metrics import expected_calibration_error, score, wilson_interval
-from featcache.evaluate.select import TrainingRows, select
-from featcache.evaluate.splits import NEVER, hold_out, make_folds
+from featcache.evaluate.select import TrainingRows, _Search, select
+from featcache.evaluate.splits import NEVER, Groups, hold_out, make_folds
 from featcache.heads import HEADS
 from featcache.heads.temperature import fit_temperature
 
@@ -173,3 +174,84 @@ def test_ties_go_to_the_stronger_regularisation() -> None:
     found = select("knn", HEADS["knn"], {}, rows=TrainingRows(X=X, y=y, folds=folds), seed=0)
     best = max(c.accuracy for c in found.candidates)
     assert found.params["k"] == max(c.values["k"] for c in found.candidates if c.accuracy == best)
+
+
+def test_the_temperature_of_many_rows_does_not_hang_on_their_order() -> None:
+    rng = np.random.default_rng(0)
+    y = np.arange(40_000) % 2
+    told = np.where((y == 1) & (rng.random(len(y)) < 0.4), 0, y)  # of class 1 many are wrong
+    scores = 5.0 * np.eye(2)[told]
+    order = rng.permutation(len(y))
+    T = fit_temperature(scores, y)
+    assert fit_temperature(scores[order], y[order]) == pytest.approx(T, rel=0.05)
+    assert np.exp(5 / T) == pytest.approx(0.8 / 0.2, rel=0.05)  # a fifth of the rows are wrong
+
+
+def grouped(labels: Any, groups: Any) -> Any:
+    y, index = np.array(labels), np.array(groups)
+    of = Groups(index=index, keys=digests(int(index.max()) + 1, seed=5), by="g")
+    return y, make_folds(digests(len(y)), y, seed=0, groups=of)
+
+
+@pytest.mark.parametrize(
+    ("labels", "groups", "why"),
+    [
+        ([0, 0, 1, 1], [0, 0, 1, 1], "every class lies in a single group"),
+        ([0, 0, 1, 1], [0, 1, 0, 0], "fewer than two groups could be held out without the loss of a class"),
+        ([0, 1, 2], [0, 1, 2], "every class lies in a single group"),
+    ],
+)
+def test_where_less_than_two_groups_can_be_held_out_there_are_no_folds(
+    labels: Any, groups: Any, why: str
+) -> None:
+    y, folds = grouped(labels, groups)
+    assert (folds.n_folds, folds.held_out.any()) == (0, False)
+    rows = TrainingRows(X=np.eye(len(y)), y=y, folds=folds)
+    (note,) = select("ncm", HEADS["ncm"], {}, rows=rows, seed=0).notes
+    assert note == f"{why}: nothing could be held out, so nothing was chosen"
+
+
+def test_single_images_are_why_nothing_is_held_out_without_groups() -> None:
+    rows = TrainingRows(X=np.eye(3), y=np.arange(3), folds=make_folds(digests(3), np.arange(3), seed=0))
+    (note,) = select("ncm", HEADS["ncm"], {}, rows=rows, seed=0).notes
+    assert note.startswith("every class has a single image: ")
+
+
+def test_classes_that_no_fold_holds_out_are_noted() -> None:
+    X, y = noisy()
+    y = np.r_[y[:-1], 3]
+    rows = TrainingRows(X=X, y=y, folds=make_folds(digests(len(y)), y, seed=0))
+    notes = select("ncm", HEADS["ncm"], {}, rows=rows, seed=0).notes
+    assert notes == ("no row of 1 of the 4 classes could be held out in cross-validation",)
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, *, most: int = 10**6, head: str | None = None) -> None:
+    """The first `most` candidates of each round get a score that is not a number."""
+    tables = _Search._tables
+
+    def spoiled(self: Any, candidates: Any) -> Any:
+        for index, table in enumerate(tables(self, candidates)):
+            bad = index < most and head in (None, self.name)
+            yield np.where(np.arange(len(table))[:, None] == 7, np.nan, table) if bad else table
+
+    monkeypatch.setattr(_Search, "_tables", spoiled)
+
+
+def test_a_candidate_without_finite_scores_is_the_worst(monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataclasses
+
+    kind = dataclasses.replace(HEADS["lda"], factor=None)
+    spoil(monkeypatch, most=3)
+    with np.errstate(all="raise"):
+        found = choose("lda", kind=kind)
+    assert [np.isfinite(c.nll) for c in found.candidates] == [False] * 3 + [True] * 5
+    assert found.best.nll == min(c.nll for c in found.candidates)
+    assert found.candidates[0].to_json()["nll"] is None
+    assert found.candidates[0].to_json()["nll_se"] is None
+
+
+@pytest.mark.parametrize("name", ["ncm", "ridge", "knn"])
+def test_a_head_without_finite_scores_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    spoil(monkeypatch)
+    with pytest.raises(HeadError, match=f"^{name} cannot be fitted: its scores .* are not finite[^\n]*$"):
+        choose(name)

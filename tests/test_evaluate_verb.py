@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from gaussians import gaussian_features, write_store
+from gaussians import gaussian_features, take, write_store
 from PIL import Image
 
 from featcache import answers
@@ -126,6 +126,28 @@ def test_an_image_trained_on_is_known_by_its_bytes_under_any_name(work: Work, tm
     old = evaluate_model(tmp_path / "old.model", work.store, split="train")
     assert (old.trained_on, Model.load(tmp_path / "old.model").trained_on.size) == (0, 0)
     assert any("30 rows of the train split" in note for note in old.notes)
+
+
+def test_copies_of_an_image_count_once_in_every_interval(tmp_path: Path) -> None:
+    features = gaussian_features({"train": 60, "test": 60}, gap=1.0)
+    five = take(features, np.repeat(np.arange(120), 5))
+    five = replace(five, ids=tuple(f"{i:05d}.png" for i in range(600)))
+    for name, some in (("one", features), ("five", five)):
+        fit(write_store(tmp_path / f"{name}.h5", some), tmp_path / f"{name}.model", head="ncm", curve=False)
+    one, other = (
+        evaluate_model(tmp_path / "one.model", tmp_path / f"{name}.h5", abstain_below=0.4)
+        for name in ("one", "five")
+    )
+    assert (other.metrics.n, other.metrics.n_units) == (300, 60)
+    np.testing.assert_allclose(other.metrics.accuracy_ci95, one.metrics.accuracy_ci95, atol=3e-3)
+    assert one.abstained is not None
+    assert other.abstained is not None
+    assert 0 < one.abstained.coverage < 1
+    assert one.abstained.precision_ci95 is not None
+    np.testing.assert_allclose(other.abstained.precision_ci95, one.abstained.precision_ci95, atol=3e-3)
+    everything = evaluate_model(tmp_path / "one.model", tmp_path / "five.h5", abstain_below=0)
+    assert everything.abstained is not None
+    np.testing.assert_allclose(everything.abstained.precision_ci95, other.metrics.accuracy_ci95, rtol=1e-9)
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test", "all"])

@@ -72,6 +72,23 @@ def test_without_a_split_to_score_a_fifth_is_held_out_by_content(split: str) -> 
     np.testing.assert_allclose(again.arrays["coef"], model.arrays["coef"], rtol=1e-9)
 
 
+@pytest.mark.parametrize(("n", "k", "part"), [(300, 3, "a fifth"), (40, 20, "50 %")])
+def test_what_is_held_out_is_called_a_fifth_where_it_is(n: int, k: int, part: str) -> None:
+    result, _ = run(gaussian_features({"": n}, k=k, d=k))
+    assert result.scored_on == f"{part} of the images, held out by content"
+
+
+@pytest.mark.parametrize("head", ["ncm", "ridge"])
+def test_the_next_step_is_a_sentence_of_its_own(head: str) -> None:
+    features = gaussian_features({"train": 60, "test": 2000}, k=2, d=20, gap=2.5)
+    result, _ = run(features, head=head, curve=False)
+    assert result.metrics.accuracy < 0.97
+    (said,) = [line for line in result.describe().splitlines() if line.startswith("next: ")]
+    assert result.verdict.lines[0] not in said
+    assert said.count(": ") == 2
+    assert f"of the {result.metrics.n:,} rows scored are wrong" in said
+
+
 @pytest.mark.parametrize(
     ("splits", "words"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,29 @@ def test_a_column_of_a_csv_is_joined_by_path_in_any_order(tmp_path: Path) -> Non
     table.write_text("patient,path,age\nP1,b/é.png,3\nP2,./a/2.png,4\nP1,a/1.png,5\nP9,other.png,1\n")
     assert find_groups(f"{table}:patient", features).index.tolist() == [0, 1, 0]
     assert find_groups(f"{table}:age", features).index.tolist() == [2, 1, 0]
+
+
+def test_rows_of_a_csv_that_contradict_one_another_are_refused(tmp_path: Path) -> None:
+    features = replace(gaussian_features({"": 3}), ids=("a/1.png", "a/2.png", "b/3.png"))
+    table = tmp_path / "who.csv"
+    table.write_text("path,who\na/1.png,P1\na/2.png,P1\n./a/1.png,P2\nb/3.png, P1 \nb/3.png,P1\n")
+    with pytest.raises(HeadError, match=r"have several who in .*who\.csv: a/1\.png\.") as caught:
+        find_groups(f"{table}:who", features)
+    assert "a/2.png" not in str(caught.value)
+    assert "b/3.png" not in str(caught.value)  # the same but for spaces
+    with pytest.raises(HeadError, match="no column of .*who.csv is named"):
+        find_groups(f"{table}:", features)
+
+
+def test_a_row_without_a_label_needs_no_group_and_ties_no_others(tmp_path: Path) -> None:
+    features = replace(gaussian_features({"": 4}), ids=("a/1.png", "a/2.png", "3.png", "4.png"))
+    features = replace(features, y=np.array([0, 1, -1, -1]))
+    table = tmp_path / "who.csv"
+    table.write_text("path,who\na/1.png,P1\na/2.png,P1\n3.png,\n")
+    for by in (f"{table}:who", "folder:1"):
+        found = find_groups(by, features).index.tolist()
+        assert found[0] == found[1]
+        assert len(set(found)) == 3
 
 
 def test_a_group_is_told_by_its_name_so_that_new_images_move_none() -> None:
@@ -160,6 +184,17 @@ def test_similar_images_are_groups_and_what_they_tie_together(monkeypatch: pytes
     )
     assert len(find_groups("similar:0.99", chain).keys) == 1
     assert len(find_groups("similar:0.999", chain).keys) == 20
+
+
+def test_many_images_that_are_all_alike_take_no_memory_for_their_pairs() -> None:
+    features = gaussian_features({"": 6000}, d=3, gap=0)
+    features = replace(features, X=np.ones((6000, 3), np.float32))
+    tracemalloc.start()
+    found = find_groups("similar", features)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(found.keys) == 1
+    assert peak < 150e6  # all pairs are 18 million, of 16 bytes
 
 
 def test_similar_images_are_told_by_their_digests_not_by_their_order() -> None:

@@ -356,3 +356,49 @@ def test_a_sweep_over_random_labels_leaves_the_score_at_chance() -> None:
     # The heads share rows, so that the runs of one seed count as one: 3 standard deviations of a binomial.
     assert abs(right / total - 1 / 3) < 3 * (2 / 9 / (total / 3)) ** 0.5
     assert chosen_right > right  # the best of a sweep is above chance on the rows it was chosen by
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("float64_values", [0, 200_000])
+@pytest.mark.parametrize("scale", [1e-42, 1e37])
+def test_features_near_the_ends_of_float32_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch, scale: float, float64_values: int
+) -> None:
+    monkeypatch.setattr(training, "FLOAT64_VALUES", float64_values)
+    rng = np.random.default_rng(0)
+    y = np.arange(240) % 3
+    X = 4.0 * np.eye(3, 5)[y] + rng.normal(size=(240, 5))
+    X[:, 4] = np.where(np.arange(240) < 120, 9.0, -9.0)  # parts of their sum are infinite either way
+    extreme = (X * scale).astype(np.float32)
+    folds = Folds(fold=np.arange(240) // 3 % 4, n_folds=4)
+    found, plain = (
+        select(
+            "logistic", HEADS["logistic"], {"C": 0.01}, rows=TrainingRows(X=some, y=y, folds=folds), seed=0
+        )
+        for some in (extreme, X)
+    )
+    assert found.best is not None
+    assert plain.best is not None
+    assert found.best.nll == pytest.approx(plain.best.nll, rel=0.1)
+    for name in ("ncm", "ridge", "lda", "logistic", "knn"):
+        head = HEADS[name].load()().fit(extreme, y)
+        assert head.score(extreme, y) > 0.95
+
+
+def test_rows_that_are_not_finite_are_refused_in_training_and_in_prediction() -> None:
+    X, y = blobs(60, 4, 3)
+    head = RidgeHead().fit(X, y)
+    for dtype in (np.float64, np.float32, np.float16):
+        bad = np.where(np.arange(60)[:, None] == 7, np.inf, X).astype(dtype)
+        with pytest.raises(ValueError, match="infinity"):
+            RidgeHead().fit(bad, y)
+        with pytest.raises(ValueError, match="infinity"):
+            head.predict(bad)
+
+
+@pytest.mark.filterwarnings("error")
+def test_many_classes_of_two_rows_are_classes() -> None:
+    X, y = np.repeat(np.eye(40), 2, axis=0)[:-3], np.repeat(np.arange(40), 2)[:-3]
+    assert RidgeHead().fit(X[::2], y[::2]).score(X, y) == 1.0
+    with pytest.raises(ValueError, match="Unknown label type"):
+        RidgeHead().fit(X, y + 0.5)

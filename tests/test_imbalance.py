@@ -12,11 +12,15 @@ import pytest
 from click.testing import CliRunner
 from gaussians import gaussian_features, take, write_store
 
+from featcache import fitting
 from featcache.cli import main
 from featcache.commands.fit import fit
 from featcache.errors import HeadError
-from featcache.evaluate.metrics import log_losses
-from featcache.fitting import FitResult, fit_features
+from featcache.evaluate.abstain import choose_threshold
+from featcache.evaluate.metrics import log_losses, score
+from featcache.evaluate.splits import Groups
+from featcache.fitting import FitResult, fit_features, outlook
+from featcache.fitting.choice import choose_head
 from featcache.heads import HEADS
 from featcache.heads.base import Head, class_weights
 from featcache.model import Model
@@ -223,8 +227,8 @@ def test_shots_precision_and_the_curve_are_in_the_report(tmp_path: Path) -> None
 def test_the_command_line_takes_what_the_function_takes(tmp_path: Path) -> None:
     path = write_store(tmp_path / "s.h5", gaussian_features({"": 240}, gap=1.5))
     options = (
-        "--head ridge --class-weight balanced --logit-adjustment 0.5 --shots 1,2 --tries 3 --precision 0.8 "
-        "--no-curve --nodes all --group-by similar:0.999"
+        "--head ridge --class-weight balanced --logit-adjustment 0.5 --shots 1,2 --tries 3 "
+        "--wish-precision 0.8 --no-curve --nodes all --group-by similar:0.999"
     )
     ran = CliRunner().invoke(main, f"fit {path} -q --json {options}")
     assert ran.exit_code == 0, ran.output
@@ -259,3 +263,135 @@ def test_options_that_mean_nothing_are_a_usage_error(options: list[str], words: 
     ran = CliRunner().invoke(main, ["fit", "s.h5", *options])
     assert ran.exit_code == 2
     assert words in ran.output
+
+
+def as_fitted(features: FeatureSet, **options: Any) -> tuple[float, float]:
+    """The accuracy of shots that are all rows there are, and that of the fit."""
+    result, _ = run(features, shots=(10_000,), tries=1, **options)
+    return result.outlook.shots[0].mean, result.metrics.accuracy
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"head": "ridge", "logit_adjustment": 1.0},
+        {"head": "knn", "class_weight": None},
+        {"head": "ridge", "class_weight": "balanced"},
+        {"head": "sklearn:LogisticRegression", "params": {"class_weight": "balanced"}},
+        {"head": "auto", "class_weight": "balanced"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_as_many_shots_as_there_are_rows_are_the_head_that_was_fitted(options: dict[str, Any]) -> None:
+    shots, reported = as_fitted(uneven(), **options)
+    assert shots == reported
+
+
+def test_shots_keep_groups_and_class_weights_where_parameters_are_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    features = uneven()
+    keys = np.random.default_rng(0).integers(0, 256, size=(40, 32), dtype=np.uint8)
+    groups = Groups(index=np.arange(len(features)) % 40, keys=keys, by="test")
+    seen = []
+
+    def record(wishes: Any, rows: Any, **more: Any) -> Any:
+        seen.append(rows)
+        return choose_head(wishes, rows, **more)
+
+    monkeypatch.setattr(fitting, "choose_head", record)
+    monkeypatch.setattr(outlook, "choose_head", record)
+    shots, reported = as_fitted(features, head="ridge", class_weight="balanced", groups=groups)
+    assert shots == reported
+    fit_on, again = seen
+    np.testing.assert_array_equal(again.folds.fold, fit_on.folds.fold)
+    np.testing.assert_array_equal(again.weights, fit_on.weights)
+
+
+def test_shots_see_the_augmented_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def record(wishes: Any, rows: Any, **more: Any) -> Any:
+        seen.append(rows.views)
+        return choose_head(wishes, rows, **more)
+
+    monkeypatch.setattr(outlook, "choose_head", record)
+    features = uneven()
+    views = (features.X + np.float32(0.5),)
+    shots, reported = as_fitted(replace(features, views=views), head="linear", params={"epochs": 2})
+    assert shots == reported
+    np.testing.assert_array_equal(seen[0][0], views[0][features.splits == "train"])
+
+
+def test_class_weights_that_an_estimator_knows_itself_are_its_own() -> None:
+    forest = {"n_estimators": 5, "class_weight": "balanced_subsample"}
+    result, _ = run(uneven(), head="sklearn:RandomForestClassifier", params=forest)
+    assert result.selection.out_of_fold is not None
+    assert len(np.unique(result.selection.out_of_fold.weights)) == 2
+
+
+@pytest.mark.parametrize(
+    ("head", "weight"),
+    [
+        ("ridge", "foo"),
+        ("ridge", 3),
+        ("ridge", {0: -1.0}),
+        ("sklearn:LogisticRegression", "foo"),
+        ("sklearn:RandomForestClassifier", "foo"),
+    ],
+)
+def test_class_weights_that_nobody_knows_are_one_line(head: str, weight: Any) -> None:
+    with pytest.raises(HeadError, match="class_weight|weights of classes") as caught:
+        run(uneven(), head=head, params={"class_weight": weight})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_head_that_few_rows_do_not_suffice_for_is_a_note() -> None:
+    head = "sklearn:LinearDiscriminantAnalysis"  # of more rows than classes
+    features = gaussian_features({"train": 12, "test": 30}, k=2)
+    result, _ = fit_features(features, head=head, shots=(1, 5), tries=2, curve=True)
+    assert [row.shots for row in result.outlook.shots] == [5]
+    assert result.outlook.curve is None
+    said = "; ".join(result.notes)
+    assert f"no accuracy by 1 labelled image a class: {head} cannot be fitted" in said
+    assert f"no accuracy by training rows: {head} cannot be fitted on fewer rows" in said
+    with pytest.raises(ValueError, match="from 1"):
+        fit_features(features, head=head, shots=(0,))
+
+
+def test_a_threshold_is_chosen_by_images_not_by_their_copies() -> None:
+    """Against the interval that `score` has of the rows accepted, for every threshold."""
+    rng = np.random.default_rng(0)
+    units = rng.integers(0, 60, size=400)
+    confidence = rng.uniform(0.5, 1, 60)[units]
+    right = (rng.random(60) < rng.uniform(0.7, 1, 60))[units] ^ (rng.random(400) < 0.05)
+    y, p = np.where(right, 0, 1), np.stack([confidence, 1 - confidence], axis=1)
+    lower = {
+        t: score(y[kept], p[kept], ("a", "b"), units=units[kept], draws=0).accuracy_ci95[0]
+        for t in np.unique(confidence)
+        if (kept := confidence >= t).any()
+    }
+    wish = float(np.median(list(lower.values())))
+    threshold, best = choose_threshold(y, p, wish, units=units)
+    assert best == pytest.approx(max(lower.values()))
+    assert threshold == min(t for t, low in lower.items() if low >= wish - 1e-12)
+    assert choose_threshold(y, p, wish)[1] > best + 0.01
+
+
+def test_the_copies_in_a_store_do_not_make_a_threshold_or_a_curve_surer() -> None:
+    features = gaussian_features({"train": 200, "test": 200}, k=2, gap=1.5)
+    five = take(features, np.repeat(np.arange(400), 5))
+    one, other = (
+        fit_features(some, head="ncm", precision=0.8, shots=(2,), tries=3)[0] for some in (features, five)
+    )
+    assert one.outlook.curve is not None
+    assert other.outlook.curve is not None
+    assert other.outlook.curve.n_scored == 200
+    assert other.outlook.curve.gain_se == pytest.approx(one.outlook.curve.gain_se, rel=0.2)
+    assert other.outlook.shots[0].mean == pytest.approx(one.outlook.shots[0].mean, abs=0.05)
+    for found in (one, other):
+        assert found.abstention is not None
+        assert found.abstention.test is not None
+        assert found.abstention.test.precision_ci95 is not None
+    widths = [np.ptp(found.abstention.test.precision_ci95) for found in (one, other)]  # type: ignore[union-attr,arg-type]
+    assert widths[1] == pytest.approx(widths[0], rel=0.2)

@@ -93,6 +93,7 @@ def test_shots_and_tries_are_from_one(shots: list[int], tries: int) -> None:
 def test_a_part_keeps_the_share_of_every_class_and_no_class_vanishes() -> None:
     record = Recorder()
     found = learning_curve(Y, record, fractions=(0.125, 0.25, 0.5, 1), tries=2)
+    assert found is not None
     assert [point.n for point in found.points] == [5 + 2 + 1, 10 + 5 + 1, 20 + 10 + 2, 63]
     whole, *parts = record.given
     assert whole.tolist() == list(range(63))
@@ -109,11 +110,44 @@ def test_the_gain_of_the_last_doubling_has_the_error_of_the_rows_they_share() ->
     whole = rng.random(400) < 0.8
     answers = iter([whole, *half])
     found = learning_curve(Y, lambda rows: next(answers), fractions=(0.5, 1), tries=2)
+    assert found is not None
     gained = whole - np.mean(half, axis=0)
     assert found.gain == pytest.approx(gained.mean())
     rows, drawings = gained.var(ddof=1) / 400, np.var([h.mean() for h in half], ddof=1) / 2
     assert found.gain_se == pytest.approx((rows + drawings) ** 0.5)
     assert found.points[0].accuracy == pytest.approx(np.mean(half))
+
+
+def test_copies_of_an_image_are_drawn_and_count_as_one() -> None:
+    rng = np.random.default_rng(0)
+    half, whole = rng.random(100) < 0.6, rng.random(100) < 0.8
+    images = np.repeat(np.arange(63), 5)
+    draws: list[Any] = []
+
+    def five(rows: Any) -> Any:
+        draws.append(rows)
+        return np.repeat(whole if len(rows) == 315 else half, 5)
+
+    one = learning_curve(Y, lambda rows: whole if len(rows) == 63 else half, fractions=(0.5, 1), tries=2)
+    units = np.repeat(np.arange(100), 5)
+    other = learning_curve(np.repeat(Y, 5), five, fractions=(0.5, 1), tries=2, images=images, units=units)
+    assert one is not None
+    assert other is not None
+    assert other.gain_se == pytest.approx(one.gain_se)
+    assert (other.n_scored, other.rows_a_class) == (100, 21)
+    for rows in draws[1:]:  # all copies or none
+        assert set(np.bincount(images[rows], minlength=63).tolist()) == {0, 5}
+    record = Recorder()
+    few = few_shot(np.repeat(Y, 5), record, shots=[4], tries=1, images=images)
+    assert np.bincount(np.repeat(Y, 5)[record.given[0]]).tolist() == [20, 20, 15]
+    assert few[0].short == 1
+
+
+def test_parts_that_are_no_smaller_than_the_next_one_are_left_out() -> None:
+    found = learning_curve(np.repeat([0, 1], 3), Recorder())
+    assert found is not None
+    assert [point.n for point in found.points] == [2, 4, 6]
+    assert learning_curve(np.array([0, 1]), Recorder()) is None
 
 
 def test_few_rows_that_do_not_differ_do_not_make_a_curve_flat() -> None:

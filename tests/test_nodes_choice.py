@@ -190,3 +190,56 @@ def best_on_test(features: FeatureSet, columns: Mapping[str, list[int]]) -> floa
         for taken in columns.values()
     ]  # fmt: skip
     return float(max(hits))
+
+
+def test_the_nodes_of_many_rows_do_not_hang_on_the_order_of_the_rows() -> None:
+    rng = np.random.default_rng(0)
+    y = np.arange(40_000) % 2
+    parts = {
+        "noise": rng.normal(size=(len(y), 2)).astype(np.float32),
+        "told": (rng.normal(size=(len(y), 2)) + 2.0 * y[:, None]).astype(np.float32),
+    }
+    choice = choose_nodes(parts, y, Folds(fold=rng.integers(0, 3, size=len(y)), n_folds=3))
+    assert choice.nodes == ("told",)
+    assert choice.n_rows == 20_000
+    assert choice.steps[0].accuracy == pytest.approx(0.921, abs=0.01)  # of the normal, at the root of 2
+
+
+def test_a_small_fold_is_never_left_out_of_many_rows() -> None:
+    fold = np.r_[np.zeros(30_000, dtype=np.int64), 1]
+    y = np.arange(len(fold)) % 2
+    judge = _Judge({"a": np.random.default_rng(0).normal(size=(len(y), 1))}, y, Folds(fold=fold, n_folds=2))
+    assert (judge.n_folds, len(judge.held[1])) == (2, 1)
+
+
+def test_the_judge_weights_rows_as_ridge_regression_does() -> None:
+    parts, y, folds = three_parts()
+    weights = np.array([0.2, 1.0, 5.0])[y]
+    judge = _Judge(parts, y, folds, weights)
+    scores = judge._scores(("b",), ("a",), PENALTIES[3])["a"]
+    both = np.concatenate([StandardScaler().fit_transform(parts[key]) for key in ("b", "a")], axis=1)
+    sign = np.where(y[:, None] == np.arange(3), 1.0, -1.0)
+    weights /= weights.mean()
+    for fold in range(3):
+        held = folds.fold == fold
+        theirs = Ridge(alpha=PENALTIES[3] * weights[~held].sum())
+        theirs.fit(both[~held], sign[~held], sample_weight=weights[~held])
+        np.testing.assert_allclose(scores[held], theirs.predict(both[held]), atol=2e-4)
+
+
+@pytest.mark.parametrize("given", [{"class_weight": "balanced"}, {"params": {"class_weight": "balanced"}}])
+def test_with_class_weights_nodes_are_chosen_by_what_counts_every_class_alike(
+    tmp_path: Path, given: Any
+) -> None:
+    features = gaussian_features({"train": 400, "test": 60}, k=2, d=4, gap=0)
+    rare = np.arange(len(features)) % 10 == 0
+    X = features.X.copy()
+    X[:, 0] += 1.5 * rare
+    features = replace(features, X=X, y=rare.astype(np.int64))
+    path = write_nodes(tmp_path / "s.h5", features, {"first": [0, 1], "second": [2, 3]})
+    plain = fit(path, head="ridge", nodes="auto", curve=False).node_choice
+    even = fit(path, head="ridge", nodes="auto", curve=False, **given).node_choice
+    assert plain is not None
+    assert even is not None
+    assert plain.steps[0].accuracy > 0.88  # of calling all of them the common class
+    assert even.steps[0].accuracy < 0.85

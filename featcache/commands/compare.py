@@ -220,9 +220,10 @@ class _Fitted:
 def _sets_of(store: FeatureStore, sets: Sequence[str]) -> dict[tuple[str, ...], str]:
     """The sets of nodes that the store has, with their text; its first node where it has none of them."""
     there = tuple(node.key for node in store.spec.nodes)
-    asked = {there if text == ALL_NODES else tuple(dict.fromkeys(text.split("+"))): text for text in sets}
-    found = {keys: text for keys, text in asked.items() if set(keys) <= set(there)}
-    return found or {there[:1]: there[0]}
+    asked = [(there if text == ALL_NODES else tuple(dict.fromkeys(text.split("+"))), text) for text in sets]
+    # Once each, in whatever order its nodes are named.
+    once = {frozenset(keys): (keys, text) for keys, text in asked if set(keys) <= set(there)}
+    return dict(once.values()) or {there[:1]: there[0]}
 
 
 def _require_known_sets(stores: Sequence[FeatureStore], sets: Sequence[str]) -> None:

@@ -29,6 +29,7 @@ from featcache.errors import DataError, DiskError, StoreError
 from featcache.evaluate.abstain import Accepted, accepted_at
 from featcache.evaluate.metrics import Metrics, score
 from featcache.evaluate.report import class_lines, score_lines
+from featcache.evaluate.splits import number_units
 from featcache.images import scan_images
 from featcache.images.paths import show_path
 from featcache.inference import ReadyModel
@@ -162,6 +163,7 @@ def evaluate_model(
     scored = rows.take(given)
     trained_on = int(np.isin(image_keys(answers.sha256[given]), fitted.trained_on).sum())
     table = spread(fitted, answers.probabilities[given], classes)
+    units = number_units(answers.sha256[given])  # copies of an image say no more than one
     if csv_file is not None:
         write_atomically(Path(csv_file), _to_csv(fitted, rows, answers).encode())
     return EvaluateResult(
@@ -170,9 +172,9 @@ def evaluate_model(
         head=fitted.head_name,
         fingerprint=fitted.fingerprint,
         scored_on=scored_on,
-        metrics=score(scored.y, table, classes, ids=scored.ids),
+        metrics=score(scored.y, table, classes, ids=scored.ids, units=units),
         abstain_below=abstain_below,
-        abstained=None if abstain_below is None else accepted_at(scored.y, table, abstain_below),
+        abstained=None if abstain_below is None else accepted_at(scored.y, table, abstain_below, units=units),
         failed=answers.failed,
         unknown_classes=_unknown_classes(fitted, scored),
         trained_on=trained_on,

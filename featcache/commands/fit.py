@@ -15,6 +15,7 @@ from featcache.evaluate.groups import find_groups
 from featcache.fitting import AUTO, BUDGET, FitResult, fit_features
 from featcache.fitting.nodes import pick_nodes
 from featcache.heads import HEADS, find_head
+from featcache.heads.parameters import parse_params
 from featcache.images.paths import show_path
 from featcache.progress import Progress
 from featcache.store.reader import FeatureStore
@@ -57,7 +58,15 @@ def fit(
         report_path = path.with_name(path.name + ".json")
         _keep_stores(path, report_path)
         groups = find_groups(group_by, opened.features(), progress=progress) if group_by else None
-        keys, choice = pick_nodes(opened, node=node, nodes=nodes, groups=groups, seed=seed, progress=progress)
+        keys, choice = pick_nodes(
+            opened,
+            node=node,
+            nodes=nodes,
+            groups=groups,
+            seed=seed,
+            class_weight=class_weight or parse_params(params).get("class_weight"),
+            progress=progress,
+        )
         features = opened.features(keys, with_views=_wants_views(head))
         result, model = fit_features(
             features,

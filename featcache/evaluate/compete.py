@@ -16,7 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.errors import HeadError
-from featcache.evaluate.select import Candidate, OutOfFold, Selection, TrainingRows, select
+from featcache.evaluate.select import (
+    Candidate,
+    OutOfFold,
+    Selection,
+    TrainingRows,
+    finite_or_none,
+    select,
+)
 from featcache.heads import HEADS, HeadKind
 from featcache.heads.entry import Entry, Size
 from featcache.progress import Progress
@@ -47,14 +54,11 @@ class Contender:
 
     def to_json(self) -> dict[str, Any]:
         scores = {name: getattr(self.best, name) for name in ("nll", "nll_se", "accuracy", "accuracy_se")}
+        scores |= {name: getattr(self, name) for name in ("behind", "behind_se", "ahead", "ahead_se")}
         return {
             "head": self.head,
             "params": {**self.best.values, "temperature": self.best.temperature},
-            **scores,
-            "behind": self.behind,
-            "behind_se": self.behind_se,
-            "ahead": self.ahead,
-            "ahead_se": self.ahead_se,
+            **finite_or_none(scores),
             "tied": self.is_tied,
             "chosen": self.chosen,
             "seconds": self.seconds,
@@ -110,7 +114,7 @@ def paired_difference(
     The standard error is that of the differences row by row: both heads were asked the same rows, and how
     hard a row is cancels. That of either mean alone would be many times larger, and would call heads
     tied that differ on most rows. Rows of one `unit`, (M,), the same image or group, count as one. What other
-    training rows would have made of the heads is not in it.
+    training rows would have made of the heads is not in it. One unit alone tells nothing: it is infinite.
     """
     difference = one - other
     mean = float(np.average(difference, weights=weights))
@@ -118,7 +122,7 @@ def paired_difference(
     sums = np.bincount(unit, weights=weights * (difference - mean))
     n = len(sums)
     if n < 2:
-        return Difference(mean=mean, se=0.0)
+        return Difference(mean=mean, se=math.inf)
     return Difference(mean=mean, se=float(np.sqrt(np.sum(sums**2) * n / (n - 1)) / weights.sum()))
 
 
@@ -194,6 +198,8 @@ def _too_long(wanted: float, spent: float, budget: float) -> str | None:
     """
     if spent + wanted <= budget:
         return None
+    if spent >= budget:
+        return f"the {_seconds(budget)} of --budget were spent"
     return f"about {_seconds(wanted)}, more than is left of the {_seconds(budget)} of --budget"
 
 

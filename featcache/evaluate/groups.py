@@ -1,6 +1,6 @@
 """Rows that belong together, so that no group is on both sides of a split: one series, patient, near-copies.
 
-Knows paths as ids, CSV files and vectors; no labels.
+Knows paths as ids, CSV files and vectors; of labels only whether there is one.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -26,7 +27,7 @@ from featcache.words import plural, show_text
 
 FOLDER, SIMILAR = "folder", "similar"
 COSINE = 0.97  # from which images count as similar
-BLOCK = 2048  # rows whose similarities are held at a time: 16 MB
+BLOCK = 1024  # rows whose similarities are held at a time: 4 MB, and 70 MB where all are alike
 _NAMED = 3  # ids that an error shows
 
 
@@ -35,31 +36,34 @@ def find_groups(by: str, features: FeatureSet, *, progress: Progress | None = No
 
     `folder`: the folder an image lies in. `folder:N`: the N-th folder of its path, from 1.
     `FILE.csv:COLUMN`: what that column says of the path in the column `path`. `similar`, or `similar:0.97`:
-    images whose features have that cosine at least, and what these tie together.
+    images whose features have that cosine at least, and what these tie together. A row without a label that
+    has no place in it is a group of its own.
     HeadError: there is no such grouping of these images.
     """
     kind, _, detail = by.partition(":")
     if kind == FOLDER:
-        return _by_name(_folders(features.ids, detail), by=by)
+        return _by_name(_folders(features, detail), features.ids, by=by)
     if kind == SIMILAR:
         return _similar(features, _cosine(detail), by=by, progress=progress or SilentProgress())
     path, colon, column = by.rpartition(":")
     if colon and path.lower().endswith(".csv"):
-        return _by_name(_column(features.ids, Path(path), column), by=by)
+        return _by_name(_column(features, Path(path), column.strip()), features.ids, by=by)
     raise HeadError(
         f"there is no grouping by {show_text(by)}. Group by folder, folder:N, FILE.csv:COLUMN, similar or "
         f"similar:{COSINE}."
     )
 
 
-def _by_name(names: Sequence[str], *, by: str) -> Groups:
-    distinct, index = np.unique(np.array(names, dtype=object), return_inverse=True)
+def _by_name(names: Sequence[str | None], ids: Sequence[str], *, by: str) -> Groups:
+    own = [f"\0{path}" if name is None else name for name, path in zip(names, ids, strict=True)]
+    distinct, index = np.unique(np.array(own, dtype=object), return_inverse=True)
     digests = b"".join(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest() for name in distinct)
     keys = np.frombuffer(digests, dtype=np.uint8).reshape(-1, 32)
     return Groups(index=index.astype(np.int64), keys=keys, by=by)
 
 
-def _folders(ids: Sequence[str], which: str) -> list[str]:
+def _folders(features: FeatureSet, which: str) -> list[str | None]:
+    ids = features.ids
     if not which:
         return [str(PurePosixPath(path).parent) for path in ids]
     if not which.isdecimal() or int(which) < 1:
@@ -67,25 +71,35 @@ def _folders(ids: Sequence[str], which: str) -> list[str]:
     level = int(which)
     parts = [PurePosixPath(path).parts[:-1] for path in ids]
     _refuse(
-        [path for path, folders in zip(ids, parts, strict=True) if len(folders) < level],
+        [ids[row] for row in np.flatnonzero(features.y >= 0) if len(parts[row]) < level],
         why=f"lie in fewer than {plural(level, 'folder')}",
         then="Group by a folder that all images have.",
     )
     # By its name alone: one patient under several classes is one group.
-    return [folders[level - 1] for folders in parts]
+    return [folders[level - 1] if len(folders) >= level else None for folders in parts]
 
 
-def _column(ids: Sequence[str], path: Path, column: str) -> list[str]:
+def _column(features: FeatureSet, path: Path, column: str) -> list[str | None]:
+    if not column:
+        raise HeadError(f"no column of {show_path(path)} is named. Group by {show_path(path)}:COLUMN.")
     found = _read_column(path, column)
+    labelled = [features.ids[row] for row in np.flatnonzero(features.y >= 0)]
     _refuse(
-        [name for name in ids if not found.get(name)],
+        [name for name in labelled if len(found[name]) > 1],
+        why=f"have several {show_text(column)} in {show_path(path)}",
+        then="Give every path one row, or the same value in all of them.",
+    )
+    _refuse(
+        [name for name in labelled if not found[name]],
         why=f"have no {show_text(column)} in {show_path(path)}",
         then="Its column path holds paths as the store has them, from the folder that was embedded.",
     )
-    return [found[name] for name in ids]
+    return [next(iter(found[name])) if len(found[name]) == 1 else None for name in features.ids]
 
 
-def _read_column(path: Path, column: str) -> Mapping[str, str]:
+def _read_column(path: Path, column: str) -> Mapping[str, set[str]]:
+    """What the column says of each path: nothing, a value or several."""
+    found: defaultdict[str, set[str]] = defaultdict(set)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
@@ -96,7 +110,10 @@ def _read_column(path: Path, column: str) -> Mapping[str, str]:
                     f"{show_path(path)} has no column {show_text(missing[0])}; it has "
                     f"{', '.join(map(show_text, header)) or 'none'}."
                 )
-            return {os.path.normpath(row["path"] or ""): row[column] or "" for row in reader}
+            for row in reader:
+                if value := (row[column] or "").strip():
+                    found[os.path.normpath(row["path"] or "")].add(value)
+            return found
     except OSError as error:
         raise HeadError(f"{show_path(path)} cannot be read: {error.strerror}.") from error
     except (UnicodeDecodeError, csv.Error) as error:
@@ -123,23 +140,33 @@ def _similar(features: FeatureSet, least: float, *, by: str, progress: Progress)
     """Connected components of the graph of similar images; a group is told by its lowest digest."""
     unit = _unit_rows(features.X)
     n = len(unit)
-    pairs = []
+    index = np.arange(n)  # the part of each row so far
     starts = range(0, n, BLOCK)
     progress.start("comparing images", total=len(starts), unit="blocks")
     for start in starts:
         rows = unit[start : start + BLOCK]
         for other in range(start, n, BLOCK):
             first, second = np.nonzero(rows @ unit[other : other + BLOCK].T >= least)
-            pairs.append(np.stack([first + start, second + other]))
+            index = _merge(index, index[first + start], index[second + other])
         progress.advance(1)
     progress.finish()
-    first, second = np.concatenate(pairs, axis=1)
-    graph = coo_array((np.ones(len(first), dtype=bool), (first, second)), shape=(n, n))
-    count, index = connected_components(graph, directed=False)
+    _, index = np.unique(index, return_inverse=True)
+    count = int(index.max(initial=-1)) + 1
     order = np.argsort(np.ascontiguousarray(features.sha256).view("V32").ravel(), kind="stable")
     lowest = np.empty(count, dtype=np.int64)
     lowest[index[order[::-1]]] = order[::-1]
     return Groups(index=index.astype(np.int64), keys=features.sha256[lowest], by=by)
+
+
+def _merge(index: NDArray[np.int64], one: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`index` with the parts `one` and `other`, pair by pair, made one."""
+    apart = one != other
+    if not apart.any():
+        return index
+    n = len(index)
+    ties = coo_array((np.ones(int(apart.sum()), dtype=bool), (one[apart], other[apart])), shape=(n, n))
+    merged: NDArray[np.int64] = connected_components(ties, directed=False)[1].astype(np.int64)[index]
+    return merged
 
 
 def _unit_rows(X: NDArray[Any]) -> NDArray[np.float32]:

@@ -28,33 +28,40 @@ FitAndScore = Callable[[NDArray[np.int64]], NDArray[np.bool_]]
 
 @dataclass(frozen=True, kw_only=True)
 class Shots:
-    """Accuracy of heads fitted on `shots` rows a class, over several drawings of them."""
+    """Accuracy of heads fitted on `shots` images a class, over several drawings of them."""
 
     shots: int
     mean: float
     sd: float | None  # between drawings; None of a single one
     tries: int
-    short: int  # classes that have fewer rows, and gave all of them
+    short: int  # classes that have fewer images, and gave all of them
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def few_shot(
-    y: NDArray[np.int64], fit_and_score: FitAndScore, *, shots: Sequence[int], tries: int = 10, seed: int = 0
+    y: NDArray[np.int64],
+    fit_and_score: FitAndScore,
+    *,
+    shots: Sequence[int],
+    tries: int = 10,
+    seed: int = 0,
+    images: NDArray[np.int64] | None = None,
 ) -> list[Shots]:
     """Accuracy for each number of shots, ascending.
 
-    y: (n_train,), 0 … n_classes - 1. A class with fewer rows gives what it has. The rows of one try are
+    y: (n_train,), 0 … n_classes - 1. images: (n_train,), the same number for copies of one image, which are
+    drawn together; None: there are none. A class with fewer gives what it has. The rows of one try are
     nested, so that between numbers of shots only their number differs.
     """
-    sizes = np.bincount(y)
+    sizes = _images_a_class(y, images)
     numbers = sorted(set(shots))
     if not numbers or numbers[0] < 1 or tries < 1:
         raise ValueError("shots and tries are numbers from 1")
     scores = np.empty((tries, len(numbers)))
     for attempt in range(tries):
-        rank = _rank_in_class(y, np.random.default_rng([seed, attempt]))
+        rank = _rank_in_class(y, images, np.random.default_rng([seed, attempt]))
         for column, number in enumerate(numbers):
             scores[attempt, column] = fit_and_score(np.flatnonzero(rank < number)).mean()
     return [
@@ -104,8 +111,8 @@ class LearningCurve:
     points: tuple[CurvePoint, ...]
     gain: float
     gain_se: float
-    rows_a_class: float  # training rows, the mean over classes
-    n_scored: int
+    rows_a_class: float  # training images, the mean over classes
+    n_scored: int  # that are independent
 
     @property
     def gain_ci95(self) -> tuple[float, float]:
@@ -168,23 +175,31 @@ def learning_curve(
     fractions: Sequence[float] = FRACTIONS,
     tries: int = 3,
     seed: int = 0,
-) -> LearningCurve:
+    images: NDArray[np.int64] | None = None,
+    units: NDArray[np.int64] | None = None,
+) -> LearningCurve | None:
     """Accuracy at growing fractions of the training rows, the last two of them 1/2 and 1.
 
-    y: (n_train,), 0 … n_classes - 1. Every class keeps its share, and one row at least. Parts of one try are
-    nested; all rows are fitted on once, a part `tries` times.
+    y: (n_train,), 0 … n_classes - 1. images: as `few_shot` has them. units: (n_scored,), the same number for
+    rows scored that are not independent; None: all are. Every class keeps its share, and one image at least;
+    parts that are no smaller than the next one are left out. Parts of one try are nested; all rows are fitted
+    on once, a part `tries` times. None: half of the rows, one a class at least, are all of them.
     """
     numbers = sorted(set(fractions))
     if numbers[-2:] != [0.5, 1.0] or numbers[0] <= 0:
         raise ValueError("the fractions are above 0 and end with 1/2 and 1")
+    sizes = _images_a_class(y, images)
+    drawn = [int(_part(sizes, fraction).sum()) for fraction in numbers]
+    numbers = [n for n, some, more in zip(numbers, drawn, drawn[1:], strict=False) if some < more] + [1.0]
+    if len(numbers) < 2 or numbers[-2] != 0.5:
+        return None
     whole = fit_and_score(np.arange(len(y))).astype(np.float64)
-    sizes = np.bincount(y)
     right = np.empty((tries, len(numbers) - 1, len(whole)), dtype=bool)
     counts = np.empty(len(numbers) - 1, dtype=np.int64)
     for attempt in range(tries):
-        rank = _rank_in_class(y, np.random.default_rng([seed, attempt]))
+        rank = _rank_in_class(y, images, np.random.default_rng([seed, attempt]))
         for index, fraction in enumerate(numbers[:-1]):
-            kept = np.flatnonzero(rank < np.maximum(np.round(fraction * sizes), 1)[y])
+            kept = np.flatnonzero(rank < _part(sizes, fraction)[y])
             right[attempt, index], counts[index] = fit_and_score(kept), len(kept)
     points = [
         CurvePoint(fraction=fraction, n=int(n), accuracy=float(hits.mean()))
@@ -192,15 +207,18 @@ def learning_curve(
     ]
     points.append(CurvePoint(fraction=1.0, n=len(y), accuracy=float(whole.mean())))
     gained = whole - right[:, -1].mean(axis=0)  # (n_scored,)
-    variance = gained.var(ddof=1) / len(gained) if len(gained) > 1 else 0.0
+    unit = np.arange(len(gained)) if units is None else np.unique(units, return_inverse=True)[1].ravel()
+    sums = np.bincount(unit, weights=gained - gained.mean())
+    n_units = len(sums)
+    variance = n_units / (n_units - 1) * float((sums**2).sum()) / len(gained) ** 2 if n_units > 1 else 0.0
     if tries > 1:
         variance += right[:, -1].mean(axis=1).var(ddof=1) / tries
     return LearningCurve(
         points=tuple(points),
         gain=float(gained.mean()),
-        gain_se=max(math.sqrt(variance), 1 / (len(whole) + 2)),
-        rows_a_class=len(y) / int((sizes > 0).sum()),
-        n_scored=len(whole),
+        gain_se=max(math.sqrt(variance), 1 / (n_units + 2)),
+        rows_a_class=float(sizes.sum()) / int((sizes > 0).sum()),
+        n_scored=n_units,
     )
 
 
@@ -241,11 +259,32 @@ _REMEDY = {
 }
 
 
-def _rank_in_class(y: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
-    """The place of each row among those of its class, in an order drawn at random."""
-    order = rng.permutation(len(y))
-    order = order[np.argsort(y[order], kind="stable")]
-    starts = np.searchsorted(y[order], y[order])
-    rank = np.empty(len(y), dtype=np.int64)
-    rank[order] = np.arange(len(y)) - starts
-    return rank
+def _part(sizes: NDArray[np.int64], fraction: float) -> NDArray[np.float64]:
+    """How many images of each class, (n_classes,), a fraction of them is."""
+    some: NDArray[np.float64] = np.minimum(np.maximum(np.round(fraction * sizes), 1), sizes)
+    return some
+
+
+def _pairs(y: NDArray[np.int64], images: NDArray[np.int64] | None) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """The class of every image with that label, ascending, and which of these each row is."""
+    labels = np.stack([y, np.arange(len(y)) if images is None else images], axis=1)
+    pairs, index = np.unique(labels, axis=0, return_inverse=True)
+    return pairs[:, 0], index.ravel()
+
+
+def _images_a_class(y: NDArray[np.int64], images: NDArray[np.int64] | None) -> NDArray[np.int64]:
+    return np.bincount(_pairs(y, images)[0])
+
+
+def _rank_in_class(
+    y: NDArray[np.int64], images: NDArray[np.int64] | None, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """The place of each row's image among those of its class, in an order drawn at random."""
+    label, index = _pairs(y, images)
+    order = rng.permutation(len(label))
+    order = order[np.argsort(label[order], kind="stable")]
+    starts = np.searchsorted(label[order], label[order])
+    rank = np.empty(len(label), dtype=np.int64)
+    rank[order] = np.arange(len(label)) - starts
+    of_row: NDArray[np.int64] = rank[index]
+    return of_row

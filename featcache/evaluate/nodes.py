@@ -19,6 +19,7 @@ from scipy.special import softmax
 
 from featcache.evaluate.compete import Difference, paired_difference
 from featcache.evaluate.metrics import log_losses
+from featcache.evaluate.select import finite_or_none
 from featcache.evaluate.splits import Folds
 from featcache.heads.standardize import Standardizer, rotate
 from featcache.heads.temperature import fit_temperature
@@ -42,7 +43,7 @@ class NodeStep:
     gain_se: float | None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return finite_or_none(asdict(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,28 +78,30 @@ def choose_nodes(
     y: NDArray[np.int64],
     folds: Folds,
     *,
+    weights: NDArray[np.float64] | None = None,
     progress: Progress | None = None,
 ) -> NodeChoice:
     """Nodes by the features of the training rows that each has.
 
     parts: for each node, ndarray of shape (n_samples, num_features). y: (n_samples,), 0 … n_classes - 1.
-    ValueError without folds: nothing can be compared.
+    weights: (n_samples,), of the rows where fits and losses are weighted. ValueError without folds: nothing
+    can be compared.
     """
     if not folds.n_folds:
         raise ValueError("no row could be held out, so that nodes cannot be compared")
     progress = progress or SilentProgress()
-    judge = _Judge(parts, y, folds)
+    judge = _Judge(parts, y, folds, weights)
     progress.start("choosing nodes", total=len(parts), unit="nodes")
     singles = judge.extend((), tuple(parts))
-    best = min(singles, key=lambda found: found.step.nll)
+    best = min(singles, key=_cost)
     progress.advance(1)
     steps, refused = [best.step], None
     while len(steps) < len(parts):
         left = tuple(key for key in parts if key not in best.step.nodes)
-        longer = min(judge.extend(best.step.nodes, left, before=best), key=lambda found: found.step.nll)
+        longer = min(judge.extend(best.step.nodes, left, before=best), key=_cost)
         step = longer.step
         progress.advance(1)
-        if step.gain is None or step.gain_se is None or step.gain <= step.gain_se:
+        if step.gain is None or step.gain_se is None or not step.gain > step.gain_se:
             refused = step
             break
         steps.append(step)
@@ -120,15 +123,26 @@ class _Found:
     penalty: float
 
 
+def _cost(found: _Found) -> float:
+    return found.step.nll if np.isfinite(found.step.nll) else np.inf
+
+
 class _Judge:
     """The rows that nodes are judged by, standardised node by node, with the cross-products of each fold."""
 
-    def __init__(self, parts: Mapping[str, NDArray[Any]], y: NDArray[np.int64], folds: Folds) -> None:
+    def __init__(
+        self,
+        parts: Mapping[str, NDArray[Any]],
+        y: NDArray[np.int64],
+        folds: Folds,
+        weights: NDArray[np.float64] | None = None,
+    ) -> None:
         held = np.flatnonzero(folds.held_out)
         self.K = int(y.max()) + 1
         most = min(MOST_ROWS, max(MOST_SCORES // self.K, 1))
-        some = held[np.linspace(0, len(held) - 1, min(most, len(held))).astype(np.int64)]
+        some = _thinned(held, folds.fold[held] % MOST_FOLDS, most)
         self.y, self.fold = y[some], folds.fold[some] % MOST_FOLDS
+        self.weight = np.ones(len(some)) if weights is None else weights[some] / weights[some].mean()
         self.unit = None if folds.unit is None else folds.unit[some]
         self.n_folds = int(self.fold.max()) + 1
         self.widths = {key: X.shape[1] for key, X in parts.items()}
@@ -138,19 +152,22 @@ class _Judge:
         Z = np.concatenate(blocks, axis=1)
         self.held = [np.flatnonzero(self.fold == f) for f in range(self.n_folds)]
         self.Z = [Z[rows] for rows in self.held]  # of each fold, (n, D)
-        products = [rows.T @ rows for rows in self.Z]
+        self.weights = [self.weight[rows] for rows in self.held]
+        products = [_product(rows, w) for rows, w in zip(self.Z, self.weights, strict=True)]
         whole = np.sum(products, axis=0)
         self.fits = [self._centred(f, whole - products[f]) for f in range(self.n_folds)]
 
     def _centred(self, fold: int, gram: NDArray[Any]) -> _Fit:
         """The normal equations of the rows that a fold does not hold out."""
         others = [f for f in range(self.n_folds) if f != fold]
-        n = sum(len(self.held[f]) for f in others)
-        mean = np.sum([self.Z[f].sum(axis=0, dtype=np.float64) for f in others], axis=0) / n
+        weights = self.weights
+        n = float(sum(weights[f].sum() for f in others))
+        mean = np.sum([np.einsum("n,nd->d", weights[f], self.Z[f]) for f in others], axis=0) / n
         sign = {f: np.where(self.y[self.held[f], None] == np.arange(self.K), 1.0, -1.0) for f in others}
-        bias = np.sum([sign[f].sum(axis=0) for f in others], axis=0) / n
+        bias = np.sum([weights[f] @ sign[f] for f in others], axis=0) / n
         gram -= (n * np.outer(mean, mean)).astype(gram.dtype)
-        right = np.sum([self.Z[f].T @ (sign[f] - bias).astype(gram.dtype) for f in others], axis=0)
+        parts = [self.Z[f].T @ (weights[f][:, None] * (sign[f] - bias)).astype(gram.dtype) for f in others]
+        right = np.sum(parts, axis=0)
         return _Fit(n=n, gram=gram, right=right.astype(np.float64), mean=mean, bias=bias)
 
     def extend(
@@ -165,7 +182,7 @@ class _Judge:
         for penalty in penalties:
             for key, scores in self._scores(base, more, penalty).items():
                 one = self._found((*base, key), scores, penalty, before)
-                if key not in found or one.step.nll < found[key].step.nll:
+                if key not in found or _cost(one) < _cost(found[key]):
                     found[key] = one
         return list(found.values())
 
@@ -194,16 +211,16 @@ class _Judge:
         self, nodes: tuple[str, ...], scores: NDArray[Any], penalty: float, before: _Found | None
     ) -> _Found:
         scores = scores.astype(np.float64)
-        losses = log_losses(self.y, softmax(scores / fit_temperature(scores, self.y), axis=1))
+        temperature = fit_temperature(scores, self.y, weights=self.weight)
+        losses = log_losses(self.y, softmax(scores / temperature, axis=1))
         gain: Difference | None = None
         if before is not None:
-            even = np.ones(len(losses))
-            gain = paired_difference(before.losses, losses, weights=even, unit=self.unit)
+            gain = paired_difference(before.losses, losses, weights=self.weight, unit=self.unit)
         step = NodeStep(
             nodes=nodes,
             num_features=sum(self.widths[key] for key in nodes),
-            nll=float(losses.mean()),
-            accuracy=float((scores.argmax(axis=1) == self.y).mean()),
+            nll=float(np.average(losses, weights=self.weight)),
+            accuracy=float(np.average(scores.argmax(axis=1) == self.y, weights=self.weight)),
             gain=gain.mean if gain else None,
             gain_se=gain.se if gain else None,
         )
@@ -212,9 +229,9 @@ class _Judge:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Fit:
-    """(G + alpha) W = B with G the cross-products (D, D) and B (D, K) of n centred rows."""
+    """(G + alpha) W = B with G the cross-products (D, D) and B (D, K) of centred rows."""
 
-    n: int
+    n: float  # the sum of their weights
     gram: NDArray[Any]
     right: NDArray[np.float64]
     mean: NDArray[np.float64]
@@ -253,6 +270,21 @@ class _Fit:
         last = solve_triangular(own, turned, lower=True, trans=1)
         first = solve_triangular(lower, inner - across @ last, lower=True, trans=1)
         return np.concatenate([first, last])
+
+
+def _thinned(rows: NDArray[np.intp], fold: NDArray[np.int64], most: int) -> NDArray[np.intp]:
+    """Some of the rows, of each fold one at least: at random, since labels may come in order."""
+    if len(rows) <= most:
+        return rows
+    drawn = np.random.default_rng(0).choice(len(rows), most, replace=False)
+    folds, first = np.unique(fold, return_index=True)
+    return rows[np.union1d(drawn, first[~np.isin(folds, fold[drawn])])]
+
+
+def _product(rows: NDArray[Any], weights: NDArray[np.float64]) -> NDArray[Any]:
+    even = bool((weights == 1).all())
+    product: NDArray[Any] = rows.T @ (rows if even else rows * weights[:, None].astype(rows.dtype))
+    return product
 
 
 def _add_to_diagonal(block: NDArray[np.float64], alpha: float) -> NDArray[np.float64]:

@@ -32,9 +32,20 @@ MAX_EXTENSIONS = 8  # candidates a grid may grow by
 WORTH = 0.01  # standard errors that the last step to an edge must have gained for another one
 
 
+def finite_or_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has neither infinity nor NaN."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """Values of the searched parameters and their scores, means over the rows held out; low nll is good."""
+    """Values of the searched parameters and their scores, means over the rows held out; low nll is good.
+
+    An nll of infinity: its scores were not finite.
+    """
 
     values: Mapping[str, Any]
     nll: float
@@ -45,7 +56,7 @@ class Candidate:
 
     def to_json(self) -> dict[str, Any]:
         only = {"value": next(iter(self.values.values()))} if len(self.values) == 1 else {}
-        return {**only, **asdict(self)}
+        return finite_or_none({**only, **asdict(self)})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -120,16 +131,21 @@ def select(
     """Choose what is in `kind.searched`, but for what `params` gives, and the temperature.
 
     A grid with a `factor` grows while its best value is on an edge, then gets a value between its best two.
-    Ties go to the stronger regularisation.
+    Ties go to the stronger regularisation. HeadError: no candidate has finite scores.
     """
     given = dict(params)
     searched = tuple(parameter for parameter in kind.searched if parameter not in given)
     if not rows.folds.n_folds:
         given |= {parameter: kind.grid[parameter][len(kind.grid[parameter]) // 2] for parameter in searched}
-        note = "every class has a single image: nothing could be held out, so nothing was chosen"
+        note = f"{rows.folds.lack}: nothing could be held out, so nothing was chosen"
         return Selection(params=given, candidates=(), criterion=kind.criterion, n_folds=0, notes=(note,))
     search = _Search(name, kind, given, searched, rows, seed, progress or SilentProgress())
     best = search.run()
+    if not math.isfinite(best.nll):
+        raise HeadError(
+            f"{name} cannot be fitted: its scores of the rows held out are not finite. The features may be "
+            "of a size that it cannot work with: scale them, or take another head."
+        )
     return Selection(
         params={**given, **best.values, "temperature": best.temperature},
         candidates=tuple(search.scored()) if searched else (),
@@ -195,13 +211,18 @@ class _Search:
         return [self.found[values] for values in sorted(self.found)]
 
     def notes(self, best: Candidate) -> tuple[str, ...]:
-        if self._beyond_edge(best) is None:
-            return ()
-        (parameter,) = self.searched
-        return (f"{parameter} = {best.values[parameter]:g} is on the edge of what was searched",)
+        notes = []
+        if self._beyond_edge(best) is not None:
+            (parameter,) = self.searched
+            notes.append(f"{parameter} = {best.values[parameter]:g} is on the edge of what was searched")
+        held, K = len(np.unique(self.rows.y[self.folds.held_out])), self.rows.n_classes
+        if held < K:
+            notes.append(f"no row of {K - held} of the {K} classes could be held out in cross-validation")
+        return tuple(notes)
 
     def _rank(self, candidate: Candidate) -> tuple[float, ...]:
         cost = candidate.nll if self.kind.criterion == "nll" else -candidate.accuracy
+        cost = cost if math.isfinite(candidate.nll) else math.inf
         weak = [
             -value if self.kind.strong_end.get(parameter) == "high" else value
             for parameter, value in candidate.values.items()
@@ -303,6 +324,9 @@ class _Search:
         scores, y, fold = scores[held].astype(np.float64), self.rows.y[held], self.folds.fold[held]
         weights = np.ones(len(held)) if self.rows.weights is None else self.rows.weights[held]
         weights = weights / weights.mean()
+        finite = not (np.isnan(scores) | (scores == np.inf)).any()
+        if not finite:
+            scores = np.zeros_like(scores)
         temperature = self.params.get("temperature")
         if temperature is None:
             temperature = fit_temperature(scores, y, weights=weights)
@@ -313,8 +337,8 @@ class _Search:
         accuracy, accuracy_se = _mean_over_folds(hits, weights, fold)
         candidate = Candidate(
             values=dict(values),
-            nll=nll,
-            nll_se=nll_se,
+            nll=nll if finite else math.inf,
+            nll_se=nll_se if finite else math.nan,
             accuracy=accuracy,
             accuracy_se=accuracy_se,
             temperature=temperature,

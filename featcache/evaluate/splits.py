@@ -87,12 +87,14 @@ def _others_remain(unit: int, units: _Units, y: NDArray[np.integer[Any]], test: 
 class Folds:
     """`fold` is the fold that holds a row out, ndarray of shape (n_samples,), or NEVER.
 
-    unit: (n_samples,), rows of one number are one image or group; None where that is not known.
+    unit: (n_samples,), rows of one number are one image or group; None where that is not known. lack: why
+    there are no folds, where there are none.
     """
 
     fold: NDArray[np.int64]
     n_folds: int
     unit: NDArray[np.int64] | None = None
+    lack: str = "no row can be held out"
 
     @property
     def held_out(self) -> NDArray[np.bool_]:
@@ -113,7 +115,7 @@ def make_folds(
 
     There are as many folds as the class with the fewest units has, between 2 and `n_folds`. A unit that alone
     has a class is always trained on and never held out, since no fold could know that class otherwise; with
-    nothing but such classes there are no folds (`n_folds` 0).
+    fewer than two folds that hold rows out there are none (`n_folds` 0).
     """
     units = _units(sha256, groups)
     n_units = len(units.fraction)
@@ -125,8 +127,14 @@ def make_folds(
     never = np.unique(pairs[alone, 1])
     pairs = pairs[~np.isin(pairs[:, 1], never)]
     counts = np.bincount(pairs[:, 0])
-    if not len(pairs):
-        return Folds(fold=np.full(len(y), NEVER), n_folds=0, unit=units.index)
+    if len(np.unique(pairs[:, 1])) < 2:
+        if groups is None:
+            lack = "every class has a single image"
+        elif alone.all():
+            lack = "every class lies in a single group"
+        else:
+            lack = "fewer than two groups could be held out without the loss of a class"
+        return Folds(fold=np.full(len(y), NEVER), n_folds=0, unit=units.index, lack=lack)
     n_folds = int(np.clip(counts[counts > 0].min(), 2, n_folds))
     rng = np.random.default_rng(seed)
     if groups is None:

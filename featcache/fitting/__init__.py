@@ -88,7 +88,7 @@ def fit_features(
         seconds=time.perf_counter() - started,
         fingerprint=features.spec.fingerprint(),
         model=None,
-        notes=(*rows.notes, *choice.selection.notes, *fitted.notes),
+        notes=(*rows.notes, *choice.selection.notes, *fitted.notes, *outlook.notes),
         held_out=scored.held_out,
     )
     model = _model(result, choice, fitted, features, known, provenance or {})

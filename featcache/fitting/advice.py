@@ -10,6 +10,11 @@ if TYPE_CHECKING:
     from featcache.fitting.result import FitResult
 
 WIDE = 0.1  # an interval of accuracy wider than this hides what a better head would gain
+_NEXT = {
+    "fits": "score more rows, which are too few to tell what limits it",
+    "overfits": "add images, or augmented views",
+    "underfits": "try other nodes, another backbone or fine-tuning",
+}
 
 
 def advise(result: FitResult) -> str:
@@ -36,8 +41,11 @@ def _remedy(result: FitResult) -> str:
     """For errors that are too many and surely there."""
     sentence = result.outlook.sentence()
     if sentence is None:
-        errors = 100 * (1 - result.metrics.accuracy)
-        sentence = f"{errors:.1f} % of the rows scored are wrong: {result.verdict.lines[0]}"
+        errors, train_errors = 1 - result.metrics.accuracy, 1 - result.train_accuracy
+        sentence = (
+            f"{_NEXT[result.verdict.fit]}: {100 * errors:.1f} % of the {result.metrics.n:,} rows scored are "
+            f"wrong, {100 * train_errors:.1f} % of those trained on"
+        )
     if result.other_nodes:
         sentence += f". The store has {len(result.other_nodes)} more nodes: --nodes auto tries them"
     return sentence

@@ -7,12 +7,13 @@ by the answers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache.errors import HeadError
 from featcache.evaluate.learning import (
     LearningCurve,
     Shots,
@@ -21,13 +22,15 @@ from featcache.evaluate.learning import (
     shots_lines,
     transfer_line,
 )
-from featcache.evaluate.select import TrainingRows, select
-from featcache.evaluate.splits import make_folds
-from featcache.fitting.choice import Choice, Wishes, head_errors
-from featcache.fitting.rows import Rows, take_rows
+from featcache.evaluate.select import TrainingRows
+from featcache.evaluate.splits import make_folds, number_units
+from featcache.fitting.choice import Choice, Wishes, choose_head, fit_head, head_errors
+from featcache.fitting.rows import Rows, loss_weights, take_rows
 from featcache.fitting.scoring import Scored
 from featcache.heads import build_head
+from featcache.progress import SilentProgress
 from featcache.store.features import FeatureSet
+from featcache.words import plural
 
 FEW_ROWS = 5_000  # up to so many, parts of the rows are drawn three times, else once
 LEAST_ROWS = 40  # fewer rows have no eighths to speak of
@@ -35,11 +38,12 @@ LEAST_ROWS = 40  # fewer rows have no eighths to speak of
 
 @dataclass(frozen=True, kw_only=True)
 class Outlook:
-    """shots: empty unless asked for. curve: None where it was not drawn."""
+    """shots: empty unless asked for. curve: None where it was not drawn. notes: what could not be asked."""
 
     shots: tuple[Shots, ...]
     curve: LearningCurve | None
     train_accuracy: float
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -69,17 +73,43 @@ def look_ahead(
     tries: int,
     curve: bool | None,
 ) -> Outlook:
-    """curve: None draws it where the head is one that competes, which are quick to fit again."""
+    """curve: None draws it where the head is one that competes, which are quick to fit again.
+
+    A head that cannot be fitted on fewer rows is a note: the one on all of them is there.
+    """
+    if tries < 1 or any(number < 1 for number in shots):
+        raise ValueError("shots and tries are numbers from 1")
     again = _Again(choice, wishes, training, scored, features=features, rows=rows)
-    with head_errors(choice.head, doing="fitted on fewer rows"):
-        few = (
-            few_shot(training.y, again.searched, shots=shots, tries=tries, seed=wishes.seed) if shots else []
-        )
-        drawn = None
-        if curve or (curve is None and choice.kind.entry and len(training.y) >= LEAST_ROWS):
-            attempts = 3 if len(training.y) <= FEW_ROWS else 1
-            drawn = learning_curve(training.y, again.fitted, tries=attempts, seed=wishes.seed)
-    return Outlook(shots=tuple(few), curve=drawn, train_accuracy=scored.train_accuracy)
+    few: list[Shots] = []
+    drawn, notes = None, []
+    for number in sorted(set(shots)):
+        try:
+            with head_errors(choice.head, doing="fitted on fewer rows"):
+                few += few_shot(
+                    training.y,
+                    again.searched,
+                    shots=[number],
+                    tries=tries,
+                    seed=wishes.seed,
+                    images=again.images,
+                )
+        except HeadError as error:
+            notes.append(f"no accuracy by {plural(number, 'labelled image')} a class: {error}")
+    if curve or (curve is None and choice.kind.entry and len(training.y) >= LEAST_ROWS):
+        attempts = 3 if len(training.y) <= FEW_ROWS else 1
+        try:
+            with head_errors(choice.head, doing="fitted on fewer rows"):
+                drawn = learning_curve(
+                    training.y,
+                    again.fitted,
+                    tries=attempts,
+                    seed=wishes.seed,
+                    images=again.images,
+                    units=again.units,
+                )
+        except HeadError as error:
+            notes.append(f"no accuracy by training rows: {error}")
+    return Outlook(shots=tuple(few), curve=drawn, train_accuracy=scored.train_accuracy, notes=tuple(notes))
 
 
 class _Again:
@@ -99,38 +129,46 @@ class _Again:
         self.known = np.unique(features.y[rows.train])
         self.X, self.y = take_rows(features.X, rows.test), features.y[rows.test]
         self.sha256 = features.sha256[rows.train]
+        self.groups = rows.groups.take(rows.train) if rows.groups else None
+        self.images = number_units(self.sha256)
+        scored_groups = rows.groups.take(rows.test) if rows.groups else None
+        self.units = number_units(features.sha256[rows.test], scored_groups)
 
     def fitted(self, kept: NDArray[np.int64]) -> NDArray[np.bool_]:
         """With the parameters that were chosen on all rows."""
         if len(kept) == len(self.training.y):
             right: NDArray[np.bool_] = self.scored.held_out.probabilities.argmax(axis=1) == self.y
             return right
-        return self._hits(kept, self.choice.selection.params, offsets=self.choice.offsets)
+        head = build_head(self.choice.head, self.choice.selection.params, seed=self.wishes.seed)
+        views = self._views(kept) if self.choice.kind.uses_views else ()
+        more = {"views": views} if views else {}
+        head.fit(take_rows(self.training.X, kept), self.training.y[kept], **more)
+        if self.choice.offsets is not None:
+            head.shift_scores(self.choice.offsets)
+        hits: NDArray[np.bool_] = self.known[head.predict(self.X)] == self.y
+        return hits
 
     def searched(self, kept: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """With parameters chosen on these rows alone."""
+        """With parameters chosen on these rows alone, as they were on all of them."""
         labels, y = np.unique(self.training.y[kept], return_inverse=True)
         if len(labels) < 2:
             only: NDArray[np.bool_] = self.y == self.known[labels[0]]
             return only
-        folds = make_folds(self.sha256[kept], y, seed=self.wishes.seed)
-        found = select(
-            self.choice.head,
-            self.choice.kind,
-            self.wishes.given(self.choice.kind),
-            rows=TrainingRows(X=take_rows(self.training.X, kept), y=y, folds=folds),
-            seed=self.wishes.seed,
+        groups = self.groups.take(kept) if self.groups else None
+        rows = TrainingRows(
+            X=take_rows(self.training.X, kept),
+            y=y,
+            folds=make_folds(self.sha256[kept], y, seed=self.wishes.seed, groups=groups),
+            views=self._views(kept),
+            weights=loss_weights(self.wishes.loss_weights, y),
         )
-        return self._hits(kept, found.params)
-
-    def _hits(
-        self, kept: NDArray[np.int64], params: Any, *, offsets: NDArray[np.float64] | None = None
-    ) -> NDArray[np.bool_]:
-        head = build_head(self.choice.head, params, seed=self.wishes.seed)
-        views = [take_rows(view, kept) for view in self.training.views] if self.choice.kind.uses_views else []
-        more = {"views": views} if views else {}
-        head.fit(take_rows(self.training.X, kept), self.training.y[kept], **more)
-        if offsets is not None:
-            head.shift_scores(offsets)
-        right: NDArray[np.bool_] = self.known[head.predict(self.X)] == self.y
+        weight = self.wishes.class_weight if self.choice.kind.weighted else None
+        wishes = replace(self.wishes, head=self.choice.head, class_weight=weight)
+        choice = choose_head(wishes, rows, progress=SilentProgress())
+        right: NDArray[np.bool_] = (
+            self.known[labels[fit_head(choice, wishes, rows).predict(self.X)]] == self.y
+        )
         return right
+
+    def _views(self, kept: NDArray[np.int64]) -> tuple[NDArray[Any], ...]:
+        return tuple(take_rows(view, kept) for view in self.training.views)

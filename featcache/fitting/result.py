@@ -79,7 +79,7 @@ class FitResult:
             "cv_accuracy_ci95": list(held.accuracy_ci95) if held else None,
             "cv_nll": held.nll if held else None,
             "uncalibrated_ece": self.uncalibrated_ece,
-            "candidates": [_candidate_json(candidate) for candidate in self.selection.candidates],
+            "candidates": [candidate.to_json() for candidate in self.selection.candidates],
             "chosen_by": self.chosen_by,
             "heads": [one.to_json() for one in competition.contenders] if competition else [],
             "left_out": [one.to_json() for one in competition.left_out] if competition else [],
@@ -99,14 +99,6 @@ class FitResult:
         from featcache.fitting.report import report_lines
 
         return "\n".join(report_lines(self))
-
-
-def _candidate_json(candidate: Any) -> dict[str, Any]:
-    return {name: _finite_or_none(value) for name, value in candidate.to_json().items()}
-
-
-def _finite_or_none(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _finite_or_text(value: Any) -> Any:

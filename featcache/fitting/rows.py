@@ -16,6 +16,8 @@ from featcache.evaluate.select import TrainingRows
 from featcache.evaluate.splits import Groups, hold_out, make_folds
 from featcache.store.features import FeatureSet
 
+A_FIFTH = 0.025  # shares that are called so differ by no more
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Rows:
@@ -57,7 +59,9 @@ def choose_rows(features: FeatureSet, groups: Groups | None = None) -> Rows:
         train, test = pool[~held], pool[held]
         whole = "train split" if name else "images"
         trained_on = f"the rest of the {whole}"
-        scored_on = f"a fifth of the {whole}, held out by content"
+        share = held.mean() if len(held) else 0.0
+        part = "a fifth" if abs(share - 0.2) <= A_FIFTH else f"{100 * share:.0f} %"
+        scored_on = f"{part} of the {whole}, held out by content"
         if groups:
             scored_on = f"some of the {whole}, held out by whole groups of {groups.by}"
         if not len(test) or not len(train):
@@ -119,10 +123,8 @@ def _warn_of(
     return notes
 
 
-def training_rows(features: FeatureSet, rows: Rows, class_weight: str | None, *, seed: int) -> TrainingRows:
+def training_rows(features: FeatureSet, rows: Rows, class_weight: Any, *, seed: int) -> TrainingRows:
     """What choosing and fitting may see. HeadError: the training rows hold one class only."""
-    from featcache.heads.base import class_weights
-
     known, y = np.unique(features.y[rows.train], return_inverse=True)
     if len(known) < 2:
         raise HeadError(
@@ -130,14 +132,29 @@ def training_rows(features: FeatureSet, rows: Rows, class_weight: str | None, *,
             "apart: embed images of another class as well."
         )
     groups = rows.groups.take(rows.train) if rows.groups else None
-    weights = class_weights(class_weight, y, n_classes=len(known))[y] if class_weight else None
     return TrainingRows(
         X=take_rows(features.X, rows.train),
         y=y,
         folds=make_folds(features.sha256[rows.train], y, seed=seed, groups=groups),
         views=tuple(take_rows(view, rows.train) for view in features.views),
-        weights=weights,
+        weights=loss_weights(class_weight, y),
     )
+
+
+def loss_weights(class_weight: Any, y: NDArray[np.int64]) -> NDArray[np.float64] | None:
+    """The weight of each row in losses, as `class_weight` has it for a head.
+
+    None too where it says nothing that is known here: the head itself takes or refuses it.
+    """
+    from featcache.heads.base import class_weights
+
+    if class_weight is None:
+        return None
+    balanced = class_weight == "balanced_subsample"  # of a forest: the same, anew for each tree
+    try:
+        return class_weights("balanced" if balanced else class_weight, y, n_classes=int(y.max()) + 1)[y]
+    except (TypeError, ValueError):
+        return None
 
 
 def take_rows(X: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[Any]:

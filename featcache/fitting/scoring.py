@@ -77,7 +77,13 @@ def score_head(
     names = tuple(features.classes[k] for k in known)
     abstention = None
     if precision is not None and out_of_fold is not None:
-        abstention = choose_abstention(precision, held_out=out_of_fold, test=(y, probabilities))
+        abstention = choose_abstention(
+            precision,
+            held_out=out_of_fold,
+            test=(y, probabilities),
+            held_out_units=units,
+            test_units=_units(features, rows),
+        )
     raw = _uncalibrated(probabilities[:, known], choice)
     hits = known[raw.argmax(axis=1)] == y
     return Scored(

@@ -138,15 +138,16 @@ class Head(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-lear
         checked: tuple[NDArray[Any], NDArray[Any]] = validate_data(
             self, X, y=y, dtype=FLOATS, **_finiteness(X)
         )
-        check_classification_targets(checked[1])
         self.classes_, codes = np.unique(checked[1], return_inverse=True)
+        # Each class twice: of many classes with few rows scikit-learn warns that they may be a regression.
+        check_classification_targets(np.repeat(self.classes_, 2))
         if len(self.classes_) < 2:
             raise ValueError(f"{type(self).__name__} needs at least two classes, the labels hold one class")
         return checked[0], codes
 
     def _check_input(self, X: ArrayLike) -> NDArray[Any]:
         check_is_fitted(self, "classes_")
-        checked: NDArray[Any] = validate_data(self, X, dtype=FLOATS, reset=False)
+        checked: NDArray[Any] = validate_data(self, X, dtype=FLOATS, reset=False, **_finiteness(X))
         return checked
 
     def _restore(self, *, n_classes: int, n_features: int) -> None:
@@ -234,8 +235,11 @@ def require_count(name: str, value: Any, *, least: int = 1) -> None:
 
 
 def _finiteness(X: ArrayLike) -> dict[str, bool]:
-    """Spares scikit-learn its check of float16 rows that are finite: it takes a byte a value, all at once."""
-    if not isinstance(X, np.ndarray) or X.ndim != 2 or X.dtype != np.float16 or not X.size:
+    """Spares scikit-learn its check of rows that are finite.
+
+    Of float16 it takes a byte a value, all at once; of large float32 it warns that their sum overflows.
+    """
+    if not isinstance(X, np.ndarray) or X.ndim != 2 or X.dtype not in FLOATS or not X.size:
         return {}
     step = max(CHUNK_VALUES // X.shape[1], 1)
     finite = all(np.isfinite(X[start : start + step]).all() for start in range(0, len(X), step))

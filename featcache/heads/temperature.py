@@ -22,11 +22,12 @@ def fit_temperature(
     (Guo et al., "On calibration of modern neural networks", ICML 2017.) A share of 1 / (n + 2) of each label
     counts for all classes alike: where n rows were all told right, an error is not impossible but has by the
     rule of succession that probability. (Platt, "Probabilistic outputs for support vector machines", 1999.)
-    Of many rows only some are used, evenly spread.
+    Of many rows only some are used, drawn at random: rows may come in the order of their labels.
     """
     few = int(np.clip(VALUES // max(scores.shape[1], 1), LEAST_ROWS, MOST_ROWS))
     share = 1 / (len(scores) + 2)
-    some = slice(None, None, max(len(scores) // few, 1))
+    n = len(scores)
+    some = np.sort(np.random.default_rng(0).choice(n, few, replace=False)) if n > few else np.arange(n)
     meant, z, p = _targets(scores[some].astype(np.float64), y[some], share)
     told = np.isfinite(meant)  # rows of a class that was unknown say nothing of T
     spread = float(np.nanmean(np.nanstd(np.where(p > 0, z, np.nan), axis=1))) if told.any() else 0.0

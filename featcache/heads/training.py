@@ -177,7 +177,9 @@ class _Source:
 def _rounded(standardizer: Standardizer) -> Standardizer:
     """Nearly the same one, in numbers that float32 holds."""
     mean = standardizer.mean.astype(np.float32).astype(np.float64)
-    return Standardizer(mean=mean, scale=1 / (1 / standardizer.scale).astype(np.float32).astype(np.float64))
+    limits = np.finfo(np.float32)
+    reciprocal = np.clip(1 / standardizer.scale, limits.tiny, limits.max).astype(np.float32)
+    return Standardizer(mean=mean, scale=1 / reciprocal.astype(np.float64))
 
 
 def _standardise(rows: NDArray[Any], standardizer: Standardizer, dtype: Any) -> NDArray[Any]:
