@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from featcache.cli.group import emit, main
-from featcache.cli.options import json_option, quiet_option, seed_option
+from featcache.cli.options import json_option, no_check_option, quiet_option, seed_option
 
 
 @main.command(short_help="Say which store, nodes or head is better, and how surely.")
@@ -29,10 +29,7 @@ from featcache.cli.options import json_option, quiet_option, seed_option
     "--group-by", metavar="folder|folder:N|FILE.csv:COLUMN|similar[:COSINE]",
     help="As for fit, by the rows of the first store.",
 )  # fmt: skip
-@click.option(
-    "--no-check", "check", is_flag=True, flag_value=False, default=True,
-    help="Do not compare the stores with their checksums first.",
-)  # fmt: skip
+@no_check_option
 @seed_option
 @json_option
 @quiet_option

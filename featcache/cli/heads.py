@@ -10,6 +10,7 @@ import click
 from featcache.cli.group import emit, main
 from featcache.cli.options import (
     json_option,
+    no_check_option,
     quiet_option,
     seed_option,
 )
@@ -80,10 +81,7 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) 
     "--curve/--no-curve", default=None,
     help="Fit on parts of the training rows, too, to see whether more would help. Default: where quick.",
 )  # fmt: skip
-@click.option(
-    "--no-check", "check", is_flag=True, flag_value=False, default=True,
-    help="Do not compare the store with its checksums first.",
-)  # fmt: skip
+@no_check_option
 @seed_option
 @json_option
 @quiet_option

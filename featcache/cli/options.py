@@ -32,6 +32,10 @@ seed_option = click.option(
     show_default=True,
     help="Of all that is drawn at random: random weights, augmented views, splits.",
 )
+no_check_option = click.option(
+    "--no-check", "check", is_flag=True, flag_value=False, default=True,
+    help="Do not compare stores with their checksums first.",
+)  # fmt: skip
 root_option = click.option(
     "--root", type=click.Path(path_type=Path, file_okay=False), help="What a CSV's paths are relative to."
 )
