@@ -38,11 +38,7 @@ from featcache.request import (
     recorded_batch_size,
     recorded_decoder,
 )
-from featcache.spec import (
-    FeatureSpec,
-    describe_differences,
-    require_same_spec,
-)
+from featcache.spec import FeatureSpec, describe_differences, require_same_spec
 from featcache.store.reader import FeatureStore
 
 # Some pictures of the run as a decoder gives them, (any number, S, S, 3).
@@ -74,14 +70,15 @@ class ReadyEngine:
 class Embedder:
     """A request on its way to features: its spec, and the engine that computes them once it is needed.
 
-    engine, decoder: a name, or "auto": that of the store to go on with, and for a new one the fastest that
-    proves itself.
+    backbone: where it is here already, whatever weights the request would load. engine, decoder: a name, or
+    "auto": that of the store to go on with, and for a new one the fastest that proves itself.
     """
 
     def __init__(
         self,
         request: EmbedRequest,
         *,
+        backbone: Backbone | None = None,
         device: str = "auto",
         batch_size: int | None = None,
         engine: str = AUTO,
@@ -90,6 +87,7 @@ class Embedder:
     ) -> None:
         self.request = request
         self.ready: ReadyEngine | None = None
+        self._backbone = backbone
         self._device, self._batch_size, self._engine = device, batch_size, engine
         self._decoder = decoder
         self._workers = workers or usable_processors()
@@ -129,12 +127,13 @@ class Embedder:
     def settle_spec(self, stores: Sequence[FeatureStore], *, output: Path) -> tuple[FeatureSpec, str]:
         """The spec asked for and how it is known; SpecMismatch when the store at `output` holds another."""
         for store in reversed(stores):
-            proof = prove_weights(store.provenance, self.request.as_json())
+            # What the request names says nothing of a backbone that was handed over.
+            proof = "" if self._backbone else prove_weights(store.provenance, self.request.as_json())
             if proof:
                 _require_same(stores, store.spec, output=output)
                 return store.spec, proof
         for store in stores:
-            self._require_same_backbone(store, output=output)
+            self._require_same_backbone(store)
         spec = self.load(batch_size=self._recorded_batch_size(stores)).spec
         _require_same(stores, spec, output=output)
         return spec, f"weights {spec.weights_sha256[:12]} loaded and compared"
@@ -248,7 +247,9 @@ class Embedder:
     def load(self, *, batch_size: int | None = None) -> ReadyEngine:
         """Load the backbone and make its engine."""
         request = self.request
-        backbone = load_backbone(request.backbone, weights=request.weights, seed=request.seed)
+        backbone = self._backbone or load_backbone(
+            request.backbone, weights=request.weights, seed=request.seed
+        )
         return self._use(backbone, batch_size=batch_size)
 
     def _use(self, backbone: Backbone, *, batch_size: int | None) -> ReadyEngine:
@@ -283,12 +284,12 @@ class Embedder:
     def _recorded_batch_size(self, stores: Sequence[FeatureStore]) -> int | None:
         return self._batch_size or (recorded_batch_size(stores[0].provenance) if stores else None)
 
-    def _require_same_backbone(self, store: FeatureStore, *, output: Path) -> None:
+    def _require_same_backbone(self, store: FeatureStore) -> None:
         """Refuse another backbone by its name alone, before its weights are looked for."""
         have, want = store.spec.backbone, self.request.backbone.partition("@")[0]
         if have != want:
             raise SpecMismatch(
-                f"{output} holds {have} features: backbone is {have}, not {want}. "
+                f"{store.path} holds {have} features: backbone is {have}, not {want}. "
                 f"Choose another --output, or pass --backbone {have}."
             )
 

@@ -32,8 +32,8 @@ from featcache.records import RowStatus
 from featcache.request import recorded_batch_size, recorded_decoder
 from featcache.reuse import ReusePlan
 from featcache.spec import FeatureSpec, Picture
+from featcache.store.creating import create_store
 from featcache.store.files import StoreFiles
-from featcache.store.layout import create_store
 from featcache.store.reader import FeatureStore
 
 _SHOWN = 10  # failures named in a summary
@@ -80,10 +80,10 @@ class Embedded:
 class Embedding:
     """One run over one store.
 
-    data: where the images are, for the provenance of a new file. isolate: decode in processes. also_recorded:
-    what else is to stand there. keep_growths: leave unfinished growths that are not of this run, for their
-    rows are not all in the plan. count_known_failures: whether `max_failures` is also for rows that failed in
-    an earlier run.
+    data: where the images are, for the provenance of a new file. isolate: decode in processes. prune: let the
+    rows of images that are gone go, however many. also_recorded: what else is to stand there. keep_growths:
+    leave unfinished growths that are not of this run, for their rows are not all in the plan.
+    count_known_failures: whether `max_failures` is also for rows that failed in an earlier run.
     """
 
     files: StoreFiles
@@ -93,6 +93,7 @@ class Embedding:
     max_failures: float
     progress: Progress
     isolate: bool = False
+    prune: bool = False
     keep_growths: bool = False
     count_known_failures: bool = True
     also_recorded: Mapping[str, Any] = field(default_factory=dict)
@@ -168,14 +169,14 @@ class Embedding:
         decoder = ready.decoder if ready else recorded_decoder(old)
         provenance = {
             "request": self.embedder.request.as_json(),
-            "weights": ready.weights if ready else old["weights"],
+            "weights": ready.weights if ready else old.get("weights"),
             "versions": versions.installed(),
             "engine": engine,
             "decoder": decoder,
             "engine_choice": dict(ready.why) if ready else old.get("engine_choice", {}),
             "earlier_engines": earlier(plan, "engine", engine),
             "earlier_decoders": earlier(plan, "decoder", decoder),
-            "device": ready.engine.device if ready else old["device"],
+            "device": ready.engine.device if ready else old.get("device"),
             "batch_size": batch_size,
             "data": dict(self.data),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),

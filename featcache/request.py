@@ -5,27 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from featcache.backbones import Backbone, load_backbone
 from featcache.backbones.weights import RANDOM
-from featcache.engines import (
-    MAX_BATCH_SIZE,
-)
+from featcache.engines import MAX_BATCH_SIZE
 from featcache.errors import BackboneError, FeatcacheError, StoreError
 from featcache.images.decode import Decoder
-from featcache.spec import (
-    FeatureSpec,
-    JpegScale,
-    Precision,
-    StoreDtype,
-)
+from featcache.spec import FeatureSpec, JpegScale, Precision, StoreDtype
 from featcache.store.reader import FeatureStore
+
+SEEDS = 1 << 63  # from 0 on: what torch draws by, and a store can record
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedRequest:
-    """What the user asked for, as far as it determines the features. Recorded in the store's provenance."""
+    """What the user asked for, as far as it determines the features. Recorded in the store's provenance.
+
+    TypeError or ValueError for what there cannot be; names of backbones and nodes are looked at later.
+    """
 
     backbone: str
     weights: str | None
@@ -36,6 +34,13 @@ class EmbedRequest:
     views: int = 1
     jpeg: JpegScale = "full"
 
+    def __post_init__(self) -> None:
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < SEEDS:
+            raise ValueError(f"a seed is a whole number from 0 to {SEEDS - 1:,}, not {self.seed!r}")
+        for name, kind in (("precision", Precision), ("store_dtype", StoreDtype), ("jpeg", JpegScale)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} is one of {get_args(kind)}, not {getattr(self, name)!r}")
+
     @classmethod
     def of_store(cls, store: FeatureStore) -> Self:
         """What was asked for when `store` was made; StoreError when it does not say."""
@@ -43,16 +48,19 @@ class EmbedRequest:
         nodes = store.provenance["request"].get("nodes")
         if not isinstance(nodes, list) or not all(isinstance(node, str) for node in nodes):
             nodes = [node.key for node in store.spec.nodes]
-        return cls(
-            backbone=backbone.name,
-            weights=backbone.asked_weights,
-            seed=backbone.seed,
-            nodes=tuple(nodes),
-            precision=store.spec.compute_dtype,
-            store_dtype=store.spec.store_dtype,
-            views=store.spec.views,
-            jpeg=store.spec.preprocessing.jpeg,
-        )
+        try:
+            return cls(
+                backbone=backbone.name,
+                weights=backbone.asked_weights,
+                seed=backbone.seed,
+                nodes=tuple(nodes),
+                precision=store.spec.compute_dtype,
+                store_dtype=store.spec.store_dtype,
+                views=store.spec.views,
+                jpeg=store.spec.preprocessing.jpeg,
+            )
+        except ValueError as exc:
+            raise StoreError(f"{store.path} holds what no request makes: {exc}. Make it anew.") from exc
 
     def as_json(self) -> dict[str, Any]:
         """Without what has no effect, as stores recorded it before there was such a thing."""
@@ -69,7 +77,12 @@ def require_sizes(*, workers: int, batch_size: int | None) -> None:
 
 def absolute_weights(weights: str | None) -> str | None:
     """A weights file by its absolute path, so that a request means the same from every directory."""
-    return str(Path(weights).expanduser().absolute()) if weights and weights != RANDOM else weights
+    if not weights or weights == RANDOM:
+        return weights
+    try:
+        return str(Path(weights).expanduser().absolute())
+    except RuntimeError:  # of a home that is nobody's: who opens the file says so
+        return weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +118,7 @@ class RecordedBackbone:
         if (
             not isinstance(request.get("backbone"), str)
             or not isinstance(seed, int)
-            or not 0 <= seed < 1 << 63
+            or not 0 <= seed < SEEDS
             or isinstance(seed, bool)
             or not all(isinstance(text, str | None) for text in (asked, path))
         ):

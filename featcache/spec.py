@@ -17,6 +17,7 @@ StoreDtype = Literal["float32", "float16"]
 JpegScale = Literal["full", "scaled"]
 
 PENULTIMATE = "penultimate"
+MOST_VIEWS = 1000
 
 # What `images.decode` does with every mode of picture; a change of behaviour there is a new name here.
 COLOR_POLICY = "rgb-over-white-1"
@@ -116,6 +117,8 @@ class FeatureSpec:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} is a whole number from {least}, not {str(value)[:20]!r}")
+        if self.views > MOST_VIEWS:  # of a forged file, whose datasets it would take for ever to look for
+            raise ValueError(f"there are at most {MOST_VIEWS:,} views, not {str(self.views)[:20]}")
         drawn = self.views > 1
         # What draws no view determines nothing: it must not make another fingerprint.
         object.__setattr__(self, "views_seed", self.views_seed if drawn else 0)

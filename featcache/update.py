@@ -14,9 +14,9 @@ from typing import Any
 
 from featcache.disk import disk_errors
 from featcache.embedding import Embedded, Embedding, OpenedStore, earlier, failure_lines
-from featcache.errors import DataError
 from featcache.forecast import describe_stages
 from featcache.images.paths import show_path
+from featcache.keeping import require_kept, require_listed
 from featcache.records import Listing
 from featcache.reuse import ReusePlan, holds_just, plan_reuse
 from featcache.sharding import (
@@ -28,7 +28,6 @@ from featcache.sharding import (
     wait_for_lock,
 )
 from featcache.spec import FeatureSpec, require_same_spec
-from featcache.store.files import StoreFiles
 from featcache.store.lock import write_lock
 from featcache.store.reader import FeatureStore
 from featcache.words import plural
@@ -175,7 +174,13 @@ def _run_part(
     dry_run: bool,
 ) -> Update:
     plan, elsewhere = plan_part(listing, stores, shard=shard, part=part.files, workers=part.workers)
-    _require_listed(listing, plan, part.files)
+    require_listed(listing, plan, part.files)
+    if not part.prune:
+        # What files beside the shard's own lose is known when the shards are joined. Here it is known only of
+        # a data set that has nothing to do with them, and hours before.
+        unrelated = not elsewhere and not (plan.origin_store >= 0).any() and len(plan.pending)
+        caches = [cache for cache in plan.caches if unrelated or part.files.has(cache.store.path)]
+        require_kept(listing, plan, caches, data=part.data["path"])
     if dry_run:
         planned = Embedded(plan=plan, status=plan.reused_status)
         result = _result(part, planned, spec=spec, notes=listing.notes)
@@ -234,7 +239,9 @@ def _plan(
     if len(own) < len(stores) and own and holds_just(own[-1], listing):
         stores = own  # shards that were joined, and not removed since that run was killed
     plan = plan_reuse(listing, stores, workers=run.workers)
-    _require_listed(listing, plan, run.files)
+    require_listed(listing, plan, run.files)
+    if not run.prune:
+        require_kept(listing, plan, plan.caches, data=run.data["path"])
     return plan, spec, weights_proof
 
 
@@ -250,28 +257,6 @@ def _settle_spec(
             require_same_spec(store.spec, spec, where=show_path(store.path))
     # A growth of another spec than the store's, left by whatever way, has nothing to offer.
     return [store for store in stores if store.fingerprint == spec.fingerprint()], spec, proof
-
-
-def _require_listed(listing: Listing, plan: ReusePlan, files: StoreFiles) -> None:
-    """Refuse to remove rows because their folder cannot be listed: the images may well be there."""
-    if not listing.unlisted:
-        return
-    output, lost_ids = files.output, set(plan.removed_ids)
-    for cache in plan.caches:
-        if not files.has(cache.store.path):  # a shard, to be removed once its rows are taken over
-            lost_ids |= set(cache.store.table.ids) - {found.path for found in listing.records}
-    for folder in listing.unlisted:
-        if not plan.knows_last:
-            raise DataError(
-                f"the folder {show_path(folder)} cannot be listed, and {output}, whose seal is broken, may "
-                "have rows of images in it. Allow reading it, or remove it, then run the same command again."
-            )
-        lost = sum(path.startswith(folder) for path in lost_ids)
-        if lost:
-            raise DataError(
-                f"the folder {show_path(folder)} cannot be listed, and {lost:,} rows of {output} are of "
-                "images in it. Allow reading it, or remove it, then run the same command again."
-            )
 
 
 def _other_ways(plan: ReusePlan, run: Embedding) -> list[str]:

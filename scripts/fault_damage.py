@@ -8,14 +8,14 @@ rows than it is in, or was served. `--only SEED` repeats one round.
 
 from __future__ import annotations
 
-import argparse
 import platform
 import random
-import signal
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -23,34 +23,24 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import h5py
 import numpy as np
 from faults.damage import KINDS, Damaged, Truth, choose_change, find_fault, make_versions, parts_of
-
-SHOWN_EVERY = 5.0  # seconds
+from faults.seeds import each_seed, parser_of_seeds, seeds_of
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, help="repeat the one round of this seed")
-    asked = parser.parse_args()
-    seeds = range(asked.seed, asked.seed + asked.rounds) if asked.only is None else [asked.only]
+    seeds = seeds_of(parser_of_seeds(__doc__ or "").parse_args())
     with tempfile.TemporaryDirectory() as folder:
         return run(Path(folder) / "store.h5", seeds)
 
 
-def run(path: Path, seeds: range | list[int]) -> int:
+def run(path: Path, seeds: Sequence[int]) -> int:
     versions = make_versions(path)
     truth, parts = Truth.of(path, versions), parts_of(path, versions.now)
     tried: Counter[tuple[str, str]] = Counter()
     found: Counter[tuple[str, str]] = Counter()
     unchanged, faults = 0, []
-    began = shown = time.monotonic()
-    interrupted: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, _: interrupted.append(number))
-    for seed in seeds:
-        if interrupted:
-            print("interrupted")
-            break
+    began = time.monotonic()
+    say = partial(print, flush=True)
+    for seed in each_seed(seeds, so_far=lambda: f"{tried.total():,} rounds, {len(faults)} faults", say=say):
         rng = random.Random(seed)
         part, kind = rng.choice(list(parts)), rng.choice(list(KINDS))
         change = choose_change(rng, parts[part], kind, versions)
@@ -64,9 +54,6 @@ def run(path: Path, seeds: range | list[int]) -> int:
         if fault is not None:
             faults.append(seed)
             print(f"seed {seed}: {kind} in {part} at {change.offset}: {fault}", flush=True)
-        if time.monotonic() - shown > SHOWN_EVERY:
-            shown = time.monotonic()
-            print(f"… {tried.total():,} rounds, {len(faults)} faults", flush=True)
     print_table(parts, tried, found)
     if path.read_bytes() != versions.now:
         raise RuntimeError("the store was not put back as it was")

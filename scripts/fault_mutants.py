@@ -8,16 +8,16 @@ Prints a table of kind of mutation and outcome, and the seed of every violation;
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
 import platform
 import shutil
-import signal
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a pool of threads does not survive a fork
@@ -29,47 +29,34 @@ import safetensors
 import sklearn
 import skops
 from faults.mutants import KINDS, Originals, Outcome, try_mutant
-
-SHOWN_EVERY = 5.0  # seconds
+from faults.seeds import each_seed, parser_of_seeds, seeds_of
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, help="repeat the one round of this seed")
+    parser = parser_of_seeds(__doc__ or "")
     parser.add_argument("--kinds", default="", help="only the kinds whose name contains this text")
     parser.add_argument("--keep", type=Path, help="where to leave the last mutant")
     asked = parser.parse_args()
-    seeds = range(asked.seed, asked.seed + asked.rounds) if asked.only is None else [asked.only]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "mutant"
-        code = run(path, seeds, [kind for kind in KINDS if asked.kinds in kind])
+        code = run(path, seeds_of(asked), [kind for kind in KINDS if asked.kinds in kind])
         if asked.keep is not None:
             shutil.copy(path, asked.keep)
     return code
 
 
-def run(path: Path, seeds: range | list[int], kinds: list[str]) -> int:
+def run(path: Path, seeds: Sequence[int], kinds: list[str]) -> int:
     originals = Originals.make(path.parent)
     gc.freeze()  # the children need not copy what they only look through
     outcomes: Counter[tuple[str, str]] = Counter()
     violations: dict[str, list[int]] = {}
-    began = shown = time.monotonic()
-    interrupted: list[int] = []
-    # An exception would be lost where it meets a hook of fork.
-    signal.signal(signal.SIGINT, lambda number, _: interrupted.append(number))
-    for seed in seeds:
-        if interrupted:
-            print("interrupted")
-            break
+    began = time.monotonic()
+    say = partial(print, flush=True)
+    for seed in each_seed(seeds, so_far=lambda: f"{outcomes.total():,} mutants", say=say):
         outcome = try_mutant(seed, originals, path, kinds=kinds)
         outcomes[outcome.kind, outcome.result] += 1
         if outcome.violation is not None:
             note_violation(violations, seed, outcome)
-        if time.monotonic() - shown > SHOWN_EVERY:
-            shown = time.monotonic()
-            print(f"… {outcomes.total():,} mutants", flush=True)
     print_table(outcomes)
     for what, at in violations.items():
         print(f"VIOLATION {len(at)}×, seeds {', '.join(map(str, at[:6]))}: {what}")

@@ -82,9 +82,10 @@ TRAPS = (
     ),
     Trap(
         name="7 an HDF5 handle shared by forked workers",
-        file="store/layout.py",
+        file="store/opening.py",
         honest="            return MappedFile.of(file.fileno())\n",
-        trapped='            globals().setdefault("_open", []).append(h5py.File(path, "r", locking=False))\n'
+        trapped="            import h5py\n"
+        '            globals().setdefault("_open", []).append(h5py.File(path, "r", locking=False))\n'
         "            return MappedFile.of(file.fileno())\n",
         tests="test_store.py",
         select="forked",

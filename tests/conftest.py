@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +10,12 @@ import pytest
 from gaussians import PROVENANCE
 from PIL import Image
 
+from featcache import pipeline
+from featcache.images.decode import Decoder, load_pictures
 from featcache.records import NO_FILE, ImageRecord, RowStatus
-from featcache.spec import FeatureNode, FeatureSpec, Preprocessing
-from featcache.store.layout import SOURCE_DTYPE, RowTable, create_store
+from featcache.spec import FeatureNode, FeatureSpec, Picture, Preprocessing
+from featcache.store.creating import create_store
+from featcache.store.layout import SOURCE_DTYPE, RowTable
 from featcache.store.reader import FeatureStore
 from featcache.store.writer import StoreWriter
 
@@ -78,6 +81,19 @@ def make_toy_store(path: Path, *, n: int, fill: bool = True, spec: FeatureSpec |
     if fill:
         write_toy_blocks(path)
     return path
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that are decoded from here on, to compute features of."""
+    names: list[str] = []
+
+    def load(path: Path, pictures: Sequence[Picture], *, decoder: Decoder) -> object:
+        names.append(path.name)
+        return load_pictures(path, pictures, decoder=decoder)
+
+    monkeypatch.setattr(pipeline, "load_pictures", load)
+    return names
 
 
 @pytest.fixture

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import re
+import socket
 import subprocess
 import sys
 from dataclasses import asdict
@@ -11,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -29,6 +33,7 @@ from featcache.backbones import (
     torchvision,
 )
 from featcache.backbones.weights import file_sha256, hub_checkpoints
+from featcache.cli import main
 from featcache.errors import BackboneError, UnknownBackbone, WeightsUnavailable
 from featcache.spec import Preprocessing
 
@@ -510,3 +515,94 @@ def test_weights_of_a_network_that_asks_for_its_version_are_read(tmp_path: Path)
     save_file(made.module.state_dict(), tmp_path / "w.safetensors")
     read = load_backbone("mnasnet0_5", weights=str(tmp_path / "w.safetensors"))
     assert read.weights.sha256 == made.weights.sha256
+
+
+def test_a_file_edited_since_it_was_imported_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "net_edited.py"
+    path.write_text(Path(__file__).with_name("channel_mean.py").read_text())
+    monkeypatch.chdir(tmp_path)
+    before = load_backbone("net_edited:channel_mean").weights.sha256
+    kept = path.read_text()
+    path.write_text(kept.replace("images.mean", "images.sum"))
+    with pytest.raises(BackboneError, match="net_edited:channel_mean was changed .* Start Python anew"):
+        load_backbone("net_edited:channel_mean")
+    path.write_text(kept)
+    assert load_backbone("net_edited:channel_mean").weights.sha256 == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"weights": [1]}, {"versions": "1.0"}, {"weights": {"path": 7}}, {"weights": {"path": "w.pth"}}],
+)
+def test_a_record_of_anything_proves_nothing(change: dict[str, Any]) -> None:
+    request = {"backbone": SMALL, "weights": None, "seed": 0}
+    provenance = {"request": request, "weights": {}, "versions": versions.installed(), **change}
+    assert prove_weights(provenance, request) == ""
+
+
+def test_a_server_that_does_not_answer_is_not_waited_for(
+    offline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{deaf.getsockname()[1]}")
+        monkeypatch.setattr("urllib.request._opener", None)  # which has the proxies of the first call
+        monkeypatch.setattr(torchvision, "_ANSWER_SECONDS", 0.2)
+        with pytest.raises(WeightsUnavailable, match="cannot be downloaded .*timed out"):
+            load_backbone("resnet18")
+
+
+def test_weights_that_cannot_be_had_say_what_to_copy_where(offline: Path) -> None:
+    with pytest.raises(WeightsUnavailable) as caught:
+        load_backbone("resnet18")
+    url = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
+    assert f"copy {url} from a machine with internet to {offline}/resnet18-f37072fd.pth" in str(caught.value)
+
+
+# All there is to know of one
+
+
+def test_every_set_of_weights_of_a_network_is_told_with_its_licence(offline: Path) -> None:
+    (offline / "vit_b_16_swag-9ac1b537.pth").touch()
+    first, *others = torchvision.published("vit_b_16@IMAGENET1K_SWAG_E2E_V1")
+    assert (first.label, first.default, first.licence) == ("IMAGENET1K_V1", True, None)
+    assert first.source == "https://download.pytorch.org/models/vit_b_16-c867db91.pth"
+    assert (first.folder, first.file, first.top1) == (str(offline), "vit_b_16-c867db91.pth", 0.81072)
+    assert {weights.label: weights.available for weights in others} == {
+        "IMAGENET1K_SWAG_E2E_V1": True,
+        "IMAGENET1K_SWAG_LINEAR_V1": False,
+    }
+    assert all("SWAG/blob/main/LICENSE" in str(weights.licence) for weights in others)
+    (bundle,) = bundled.published("efficientnet_lite0")
+    assert (bundle.licence, bundle.available, bundle.top1) == ("Apache-2.0", True, 0.751)
+    assert bundle.megabytes is not None
+    assert bundle.file.endswith(".pth")
+
+
+def test_the_command_tells_one_backbone_without_its_weights(offline: Path) -> None:
+    ran = CliRunner().invoke(main, ["backbones", "resnet18", "--json"])
+    assert ran.exit_code == 0
+    told = json.loads(ran.stdout)
+    assert list(told) == ["name", "family", "num_features", "preprocessing", "weights", "nodes"]
+    assert told["num_features"] == 512
+    widths = {node["name"]: node["num_features"] for node in told["nodes"]}
+    assert {name: widths[name] for name in ("conv1", "layer1", "layer3", "layer4.1", "penultimate")} == {
+        "conv1": 64, "layer1": 64, "layer3": 256, "layer4.1": 512, "penultimate": 512,
+    }  # fmt: skip
+    assert list(offline.iterdir()) == []
+
+    text = CliRunner().invoke(main, ["backbones", "resnet18"]).stdout
+    assert "resnet18@IMAGENET1K_V1: 45 MB, 69.8% on ImageNet, licence: none stated by torchvision" in text
+    assert re.search(r"\n  layer3 +256  256 x 14 x 14, pooled by avg\n", text)
+    assert "layer1.0.conv1" not in text
+    assert re.search(r"and \d+ inside these \(--json lists them\)", text)
+
+
+def test_the_command_tells_of_ones_own_and_offers_the_nearest_name() -> None:
+    own = CliRunner().invoke(main, ["backbones", "channel_mean:channel_mean"])
+    assert "weights: those that its own code loads" in own.stdout
+    assert re.search(r"\n  penultimate +3  3\n", own.stdout)
+    unknown = CliRunner().invoke(main, ["backbones", "resnet19"])
+    assert (unknown.exit_code, unknown.stderr.count("\n")) == (1, 1)
+    assert "did you mean resnet18" in unknown.stderr

@@ -6,9 +6,12 @@ import json
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,11 +30,14 @@ from featcache.errors import (
     StoreLocked,
     TooManyFailures,
 )
-from featcache.images.decode import Decoder, load_pictures
+from featcache.images.decode import load_pictures
 from featcache.records import RowStatus
+from featcache.sharding import Shard
 from featcache.spec import Picture
-from featcache.store.layout import RECORD_DTYPE, create_store, read_layout
+from featcache.store.creating import create_store
+from featcache.store.layout import RECORD_DTYPE
 from featcache.store.lock import write_lock
+from featcache.store.opening import read_layout
 from featcache.store.reader import FeatureStore
 from featcache.store.writer import StoreWriter
 
@@ -94,19 +100,6 @@ def content(path: Path) -> tuple[bytes, bytes]:
     raw[start : start + records.nbytes] = bytes(records.nbytes)
     said = [records[name].tobytes() for name in RECORD_DTYPE.names if name not in ("sequence", "record_crc")]
     return bytes(raw), b"".join(said)
-
-
-@pytest.fixture
-def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the files whose features are computed from here on."""
-    names: list[str] = []
-
-    def load(path: Path, pictures: Sequence[Picture], *, decoder: Decoder) -> object:
-        names.append(path.name)
-        return load_pictures(path, pictures, decoder=decoder)
-
-    monkeypatch.setattr(pipeline, "load_pictures", load)
-    return names
 
 
 def test_damaged_blocks_are_embedded_again_and_nothing_else(store: Path, decoded: list[str]) -> None:
@@ -556,3 +549,40 @@ def test_a_failed_row_is_mended_beside_a_growth_of_embed(
     embed(photos, store, backbone=TOY)
     assert len(decoded) == (4 if change == "other images" else 0), "rows of the growth were computed again"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "s.h5"]
+
+
+def test_a_repaired_shard_is_still_one(photos: Path, tmp_path: Path, save_image: Callable[..., Path]) -> None:
+    whole, bad = tmp_path / "s.h5", photos / "class0" / "03.png"
+    mine, other = (Shard(index=index, count=2) for index in (0, 1))
+    if not mine.owns("class0/03.png"):
+        mine, other = other, mine
+    bad.write_bytes(b"no picture")
+    part = embed(photos, whole, backbone=TOY, batch_size=4, shard=mine)
+    save_image(bad, seed=3)
+    assert counts(fix(Path(part.store))) == {"embedded": 1, "failed_before": 1}
+    joined = embed(photos, whole, backbone=TOY, batch_size=4, shard=other)
+    assert (joined.store, joined.rows, joined.failed) == (str(whole), ROWS, 0)
+
+
+def test_an_image_that_hung_does_not_hang_the_repair(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, release = tmp_path / "s.h5", threading.Event()
+
+    def hang(path: Path, pictures: Sequence[Picture], **options: Any) -> object:
+        if path.name == "03.png":
+            release.wait(60)
+        return load_pictures(path, pictures, **options)
+
+    monkeypatch.setattr(pipeline, "IMAGE_SECONDS", 0.3)
+    monkeypatch.setattr(pipeline, "load_pictures", hang)
+    monkeypatch.setattr("featcache.commands.repair.load_pictures", hang)
+    embed(photos, store, backbone=TOY, batch_size=4, decoder="exact")
+    begun = time.monotonic()
+    result = fix(store)
+    release.set()
+    assert time.monotonic() - begun < 30
+    assert (counts(result), result.failures[0][1]) == (
+        {"failed": 1},
+        "took more than 0.3 s to read and decode",
+    )

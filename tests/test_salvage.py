@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from faults.damage import KINDS, Versions, choose_change, parts_of
 from test_embed import TOY, counts, no_decoding, stop_after
 
-from featcache import embedding, pipeline, reuse
+from featcache import embedding, reuse
 from featcache.commands.embed import EmbedResult, embed
 from featcache.commands.explain import explain
 from featcache.commands.fit import fit
@@ -20,11 +20,10 @@ from featcache.commands.info import info
 from featcache.commands.repair import repair
 from featcache.commands.verify import verify
 from featcache.errors import DamagedStore, DataError, DiskError, NotAStore, SpecMismatch, StoreError
-from featcache.images.decode import Decoder, load_pictures
 from featcache.images.identity import hash_image
 from featcache.records import Listing
-from featcache.spec import Picture
-from featcache.store.layout import Region, read_layout
+from featcache.store.layout import Region
+from featcache.store.opening import read_layout
 from featcache.store.reader import FeatureStore
 
 ROWS = 20  # in blocks of 8: 0-7, 8-15, 16-19
@@ -109,18 +108,6 @@ def require_as_fresh(store: Path, photos: Path) -> None:
     assert counts(embed_it(photos, store)) == {"rows": ROWS, "reused": ROWS}
 
 
-def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the images that are decoded from now on."""
-    names: list[str] = []
-
-    def load(path: Path, pictures: Sequence[Picture], *, decoder: Decoder) -> object:
-        names.append(path.name)
-        return load_pictures(path, pictures, decoder=decoder)
-
-    monkeypatch.setattr(pipeline, "load_pictures", load)
-    return names
-
-
 def break_static(store: Path, what: str) -> None:
     if what in STATIC:
         flip_in(store, what)
@@ -202,26 +189,24 @@ def test_labels_come_from_the_images_as_they_lie_now(
     assert [features.classes[label] for label in features.y] == [path.split("/")[0] for path in features.ids]
 
 
-def test_of_a_damaged_block_only_the_rows_are_computed(
-    photos: Path, store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_a_damaged_block_only_the_rows_are_computed(photos: Path, store: Path, decoded: list[str]) -> None:
     damage_block(store, 1)
     flip_in(store, "ids")
-    names = decoded(monkeypatch)
+    decoded.clear()
     assert counts(embed_it(photos, store)) == {"rows": ROWS, "embedded": 8, "reused": 12}
     # The images an engine proves itself on are read as well, and are among those to embed.
-    assert set(names) == {f"{i:02d}.png" for i in range(8, 16)}
+    assert set(decoded) == {f"{i:02d}.png" for i in range(8, 16)}
     require_as_fresh(store, photos)
 
 
 def test_of_edited_images_only_they_are_computed(
-    photos: Path, store: Path, save_image: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    photos: Path, store: Path, save_image: Callable[..., Path], decoded: list[str]
 ) -> None:
     flip_in(store, "gaps")
     save_image(photos / "class0" / "03.png", seed=300, size=(8, 8))
-    names = decoded(monkeypatch)
+    decoded.clear()
     assert counts(embed_it(photos, store)) == {"rows": ROWS, "embedded": 1, "reused": 19}
-    assert set(names) == {"03.png"}
+    assert set(decoded) == {"03.png"}
     require_as_fresh(store, photos)
 
 

@@ -17,7 +17,9 @@ from featcache.errors import DamagedStore, DiskError, IncompleteStore, NotAStore
 from featcache.records import RowStatus
 from featcache.spec import FeatureNode
 from featcache.store.blocks import BlockCheck
-from featcache.store.layout import SOURCE_DTYPE, read_layout
+from featcache.store.files import StoreFiles
+from featcache.store.layout import SOURCE_DTYPE
+from featcache.store.opening import read_layout
 from featcache.store.reader import FeatureStore
 from featcache.store.writer import StoreWriter
 
@@ -173,7 +175,8 @@ def test_a_reader_keeps_its_rows_when_a_grown_store_takes_the_name(tmp_path: Pat
 
 def test_a_store_without_labels_or_rows_of_odd_counts_round_trips(tmp_path: Path) -> None:
     from featcache.records import NO_FILE, ImageRecord
-    from featcache.store.layout import RowTable, create_store
+    from featcache.store.creating import create_store
+    from featcache.store.layout import RowTable
 
     records = (ImageRecord(path="a.png", stat=NO_FILE),)
     path = tmp_path / "one.h5"
@@ -294,3 +297,49 @@ def test_a_name_is_not_taken_before_what_freed_it_is_on_the_disk(
     monkeypatch.setattr(os, "replace", noted_replace)
     make_toy_store(tmp_path / "s.h5.growing", n=4, fill=False)
     assert calls == ["sync folder", "sync file", "rename", "sync folder"]
+
+
+def test_a_status_that_is_none_is_one_line_in_a_store_opened_unchecked(toy_store: Path) -> None:
+    offset = read_layout(toy_store).row_status.offset
+    with open(toy_store, "r+b") as file:
+        file.seek(offset + 5)
+        file.write(b"\xc8")
+    store = FeatureStore.open(toy_store, check=False)
+    with pytest.raises(DamagedStore, match="row 5 has the status 200, which no row has. `featcache verify"):
+        store.status_counts()
+    store.inspect()
+    assert store.status_counts() == {RowStatus.PENDING: 4, RowStatus.OK: 6}
+
+
+def test_rows_found_damaged_are_not_served_because_they_were_looked_at_before(toy_store: Path) -> None:
+    region = read_layout(toy_store).features["penultimate"]
+    with open(toy_store, "r+b") as file:
+        file.seek(region.offset + 4 * region.row_bytes)
+        file.write(b"\xff")
+    store = FeatureStore.open(toy_store, check=False)
+    assert (store.row_status == RowStatus.OK).all()
+    store.inspect()
+    assert store.features(partial=True).ids == tuple(store.table.ids[row] for row in (0, 1, 2, 3, 8, 9))
+
+
+def test_labels_that_a_caller_changes_are_the_callers_own(toy_store: Path) -> None:
+    store = FeatureStore.open(toy_store)
+    labels = store.features().y
+    labels[:] = 7
+    assert store.features().y.tolist() == [0, 1] * 5
+
+
+def test_a_folder_that_cannot_be_listed_is_one_line_whoever_asks(
+    toy_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(folder: Path) -> list[str]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), folder)
+
+    monkeypatch.setattr(os, "listdir", fail)
+    for ask in (
+        lambda files: files.growths,
+        lambda files: files.shards,
+        lambda files: files.has(Path("o.h5")),
+    ):
+        with pytest.raises(DiskError, match="listing what is beside .*toy.h5 failed: Input/output error"):
+            ask(StoreFiles.at(toy_store))

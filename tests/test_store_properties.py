@@ -33,7 +33,8 @@ from featcache.errors import StoreError
 from featcache.images.identity import file_stat
 from featcache.store import lock
 from featcache.store.blocks import BlockCheck
-from featcache.store.layout import STAT_COLUMNS, read_layout
+from featcache.store.layout import STAT_COLUMNS
+from featcache.store.opening import read_layout
 from featcache.store.reader import FeatureStore
 
 FOLDERS = st.sampled_from(["a", "b", "c"])
@@ -315,7 +316,8 @@ class StoreMachine(RuleBasedStateMachine):
     def _embed(self) -> Any:
         lines = [f"{path},{row.label},{row.split}" for path, row in self.files.items()]
         self.manifest.write_text("\n".join(["path,label,split", *lines]) + "\n")
-        return embed(self.manifest, self.store, root=self.photos, backbone=TOY, batch_size=2, workers=1)
+        how: dict[str, Any] = {"backbone": TOY, "batch_size": 2, "workers": 1}
+        return embed(self.manifest, self.store, root=self.photos, prune=True, **how)
 
     def _known(self) -> tuple[set[int], set[tuple[Any, ...]]]:
         """The pictures whose vectors an intact block of some store has, and the stats recorded for them."""

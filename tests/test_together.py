@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from featcache import pipeline
 from featcache.cli import main
 from featcache.commands.embed import embed, embed_together
 from featcache.commands.fit import fit
@@ -21,10 +20,8 @@ from featcache.commands.predict import predict
 from featcache.commands.repair import repair
 from featcache.commands.verify import verify
 from featcache.errors import SpecMismatch, StoreError, TooManyFailures, UnknownBackbone
-from featcache.images.decode import Decoder, load_pictures
 from featcache.progress import SilentProgress
-from featcache.spec import Picture
-from featcache.store.layout import read_layout
+from featcache.store.opening import read_layout
 from featcache.store.reader import FeatureStore
 
 MEAN, CONVOLUTION = "channel_mean:channel_mean", "killed_backbone:backbone"
@@ -40,19 +37,6 @@ def photos(tmp_path: Path, save_image: Callable[..., Path]) -> Path:
     return tmp_path / "photos"
 
 
-@pytest.fixture
-def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the files that are decoded from here on."""
-    names: list[str] = []
-
-    def load(path: Path, pictures: Sequence[Picture], *, decoder: Decoder) -> object:
-        names.append(path.name)
-        return load_pictures(path, pictures, decoder=decoder)
-
-    monkeypatch.setattr(pipeline, "load_pictures", load)
-    return names
-
-
 def rows(path: Path, *, view: int = 0) -> np.ndarray:
     return np.array(FeatureStore.open(path).features(view=view).X)
 
@@ -63,11 +47,11 @@ def stores(tmp_path: Path) -> dict[str, Path]:
 
 
 def test_each_image_is_decoded_once_and_each_store_is_that_of_a_run_of_its_own(
-    photos: Path, stores: dict[str, Path], tmp_path: Path, loaded: list[str]
+    photos: Path, stores: dict[str, Path], tmp_path: Path, decoded: list[str]
 ) -> None:
     results = embed_together(photos, stores, **PLAIN)
     assert [(result.rows, result.embedded) for result in results] == [(80, 80)] * 2
-    assert sorted(loaded) == sorted(f"{i:02d}.png" for i in range(80))
+    assert sorted(decoded) == sorted(f"{i:02d}.png" for i in range(80))
     for backbone, store in stores.items():
         alone = tmp_path / "alone.h5"
         alone.unlink(missing_ok=True)
@@ -77,32 +61,32 @@ def test_each_image_is_decoded_once_and_each_store_is_that_of_a_run_of_its_own(
 
 
 def test_stores_that_lack_other_rows_get_just_those(
-    photos: Path, stores: dict[str, Path], loaded: list[str], save_image: Callable[..., Path]
+    photos: Path, stores: dict[str, Path], decoded: list[str], save_image: Callable[..., Path]
 ) -> None:
     embed(photos, stores[MEAN], backbone=MEAN, **PLAIN)
     (photos / "c0" / "00.png").unlink()
     save_image(photos / "c0" / "a.png", seed=100)
-    loaded.clear()
+    decoded.clear()
     first, second = embed_together(photos, stores, **PLAIN)
     assert (first.embedded, first.reused, first.removed) == (1, 79, 1)
     assert (second.embedded, second.reused) == (80, 0)
-    assert sorted(loaded) == sorted([*(f"{i:02d}.png" for i in range(1, 80)), "a.png"])
+    assert sorted(decoded) == sorted([*(f"{i:02d}.png" for i in range(1, 80)), "a.png"])
     assert FeatureStore.open(stores[MEAN]).table.ids == FeatureStore.open(stores[CONVOLUTION]).table.ids
-    loaded.clear()
+    decoded.clear()
     assert [result.embedded for result in embed_together(photos, stores, **PLAIN)] == [0, 0]
-    assert loaded == []
+    assert decoded == []
 
 
 def test_stores_with_other_decoders_get_a_pass_each(
-    photos: Path, stores: dict[str, Path], loaded: list[str], save_image: Callable[..., Path]
+    photos: Path, stores: dict[str, Path], decoded: list[str], save_image: Callable[..., Path]
 ) -> None:
     embed(photos, stores[MEAN], backbone=MEAN, **{**PLAIN, "decoder": "fast"})
     embed(photos, stores[CONVOLUTION], backbone=CONVOLUTION, **PLAIN)
     save_image(photos / "c0" / "a.png", seed=100)
-    loaded.clear()
+    decoded.clear()
     results = embed_together(photos, stores, batch_size=4)
     assert [result.embedded for result in results] == [1, 1]
-    assert loaded == ["a.png", "a.png"]
+    assert decoded == ["a.png", "a.png"]
     assert [FeatureStore.open(path).provenance["decoder"] for path in stores.values()] == ["fast", "exact"]
 
 
@@ -150,13 +134,13 @@ def test_an_interrupt_finishes_the_block_of_each_store_and_says_what_is_kept(
 
 
 def test_an_interrupt_does_not_wait_for_a_store_that_is_filled_already(
-    photos: Path, stores: dict[str, Path], ctrl_c: None, loaded: list[str], save_image: Callable[..., Path]
+    photos: Path, stores: dict[str, Path], ctrl_c: None, decoded: list[str], save_image: Callable[..., Path]
 ) -> None:
     embed(photos, stores[MEAN], backbone=MEAN, **PLAIN)
     save_image(photos / "c0" / "00_new.png", seed=1)
     for i in range(200):
         (photos / "c1" / f"z{i:03d}.png").write_bytes((photos / "c0" / "00.png").read_bytes())
-    loaded.clear()
+    decoded.clear()
 
     class Once(SilentProgress):
         advances = 0
@@ -169,7 +153,7 @@ def test_an_interrupt_does_not_wait_for_a_store_that_is_filled_already(
     with pytest.raises(KeyboardInterrupt):
         embed_together(photos, stores, progress=Once(), **PLAIN)
     assert FeatureStore.open(stores[CONVOLUTION]).done.sum() == 64
-    assert len(loaded) < 140
+    assert len(decoded) < 140
 
 
 @pytest.mark.parametrize(
@@ -261,12 +245,12 @@ class TestViews:
             embed(photos, store, backbone=CONVOLUTION, views=3, seed=6, **PLAIN)
 
     def test_a_growth_takes_all_views_over(
-        self, photos: Path, store: Path, loaded: list[str], save_image: Callable[..., Path]
+        self, photos: Path, store: Path, decoded: list[str], save_image: Callable[..., Path]
     ) -> None:
         before = [rows(store, view=view) for view in range(3)]
         save_image(photos / "c1" / "zzz.png", seed=300)
         assert embed(photos, store, backbone=CONVOLUTION, views=3, seed=5, **PLAIN).embedded == 1
-        assert loaded == ["zzz.png"]
+        assert decoded == ["zzz.png"]
         for view in range(3):
             np.testing.assert_array_equal(rows(store, view=view)[:80], before[view])
 

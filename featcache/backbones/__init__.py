@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from featcache.backbones import bundled, torchvision, user
-from featcache.backbones.backbone import Backbone, BackboneInfo, WeightsIdentity, make_backbone
+from featcache.backbones.backbone import (
+    Backbone,
+    BackboneInfo,
+    PublishedWeights,
+    WeightsIdentity,
+    make_backbone,
+)
 from featcache.backbones.weights import RANDOM, file_sha256, require_file
 from featcache.errors import UnknownBackbone
 from featcache.versions import same_backbone_libraries
@@ -22,7 +28,9 @@ __all__ = [
     "Backbone",
     "BackboneInfo",
     "Family",
+    "PublishedWeights",
     "WeightsIdentity",
+    "find_family",
     "list_backbones",
     "load_backbone",
     "locate_weights",
@@ -47,6 +55,9 @@ class Family(Protocol):
 
     def infos(self) -> tuple[BackboneInfo, ...]: ...
 
+    def published(self, name: str) -> tuple[PublishedWeights, ...]:
+        """The weights to be had of a network it owns, the variant after @ aside."""
+
     def locate(self, name: str, *, file_name: str | None) -> Path | None:
         """The file of the pretrained weights where that is known without torch and the file exists."""
 
@@ -65,9 +76,14 @@ def load_backbone(name: str, *, weights: str | None = None, seed: int = 0) -> Ba
         weights with the same bytes are, or else as the default ones.
     Raises `UnknownBackbone`, `WeightsUnavailable` or `BackboneError`.
     """
+    return find_family(name).load(name, weights=weights, seed=seed)
+
+
+def find_family(name: str) -> Family:
+    """The family that has a backbone of this name; UnknownBackbone offers the nearest names."""
     for family in FAMILIES:
         if family.owns(name):
-            return family.load(name, weights=weights, seed=seed)
+            return family
     known = [known for family in FAMILIES for known in family.names()]
     nearest = difflib.get_close_matches(name.partition("@")[0], known, n=3)
     meant = f"did you mean {', '.join(nearest)}? " if nearest else ""
@@ -99,14 +115,15 @@ def prove_weights(provenance: Mapping[str, Any], request: Mapping[str, Any]) -> 
     request: what is asked for now, with "backbone" and "weights" as given to `load_backbone`.
     Imports no torch: the request and the libraries must be the recorded ones, and the file's bytes unchanged.
     """
-    weights = provenance.get("weights") or {}
-    same_libraries = same_backbone_libraries(provenance.get("versions") or {})
-    if provenance.get("request") != request or not same_libraries:
+    weights, recorded_versions = provenance.get("weights"), provenance.get("versions")
+    if not isinstance(weights, Mapping) or not isinstance(recorded_versions, Mapping):
+        return ""
+    if provenance.get("request") != request or not same_backbone_libraries(recorded_versions):
         return ""
     if weights.get("source") == RANDOM:
-        return f"random weights of {weights['label']} under the same library versions"
+        return f"random weights of {weights.get('label')} under the same library versions"
     recorded = weights.get("path")
-    if not recorded:
+    if not recorded or not isinstance(recorded, str):
         return ""
     path = locate_weights(request["backbone"], request["weights"], file_name=Path(recorded).name)
     if path is None or file_sha256(path) != weights.get("file_sha256"):

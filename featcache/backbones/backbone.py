@@ -92,6 +92,21 @@ class BackboneInfo:
     available: bool  # the pretrained weights are on this machine
 
 
+@dataclass(frozen=True, kw_only=True)
+class PublishedWeights:
+    """Pretrained weights that a backbone can be had with, known without building the network."""
+
+    label: str  # what follows NAME@; "" where there is one set of weights only
+    default: bool
+    source: str  # where the file comes from: a URL, or a pip package in words
+    file: str  # its name
+    folder: str | None  # where it is looked for; None where that is a package's own affair
+    megabytes: float | None
+    top1: float | None  # accuracy on ImageNet as published, a fraction
+    licence: str | None  # as its publisher says; None where that says nothing
+    available: bool  # it is on this machine
+
+
 def weights_digest(module: nn.Module) -> str:
     """sha256 over (key, dtype, shape, raw bytes) of every tensor, by name, step counters aside."""
     import torch

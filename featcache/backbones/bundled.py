@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from featcache.backbones.backbone import Backbone, BackboneInfo, TraceOptions, freeze, without_module
+from featcache.backbones.backbone import (
+    Backbone,
+    BackboneInfo,
+    PublishedWeights,
+    TraceOptions,
+    freeze,
+    without_module,
+)
 from featcache.backbones.weights import (
     RANDOM,
     fit_tensors,
@@ -41,7 +48,14 @@ class Row:
     num_params: int
     resize_size: int  # px
     crop_size: int  # px
+    top1: float  # on ImageNet, as published for these weights
+    licence: str = "Apache-2.0"  # of the package, which its weights are part of
     classifier: str = "classifier"
+
+    @property
+    def distribution(self) -> str:
+        """The package by the name that pip knows."""
+        return self.package.replace("_", "-")
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -63,6 +77,7 @@ ROWS = {
         num_params=4_652_008,
         resize_size=256,
         crop_size=224,
+        top1=0.751,
     ),
     "efficientnet_lite1": Row(
         timm_name="tf_efficientnet_lite1",
@@ -71,6 +86,7 @@ ROWS = {
         num_params=5_416_680,
         resize_size=272,
         crop_size=240,
+        top1=0.767,
     ),
     "efficientnet_lite2": Row(
         timm_name="tf_efficientnet_lite2",
@@ -79,6 +95,7 @@ ROWS = {
         num_params=6_092_072,
         resize_size=292,
         crop_size=260,
+        top1=0.775,
     ),
 }
 
@@ -128,10 +145,29 @@ def infos() -> tuple[BackboneInfo, ...]:
             family=TITLE,
             num_features=row.num_features,
             num_params=row.num_params,
-            weights=f"pip package {row.package.replace('_', '-')}",
+            weights=f"pip package {row.distribution}",
             available=timm and _file_in_package(row) is not None,
         )
         for name, row in ROWS.items()
+    )
+
+
+def published(name: str) -> tuple[PublishedWeights, ...]:
+    """The one file in the network's package."""
+    row = ROWS[name.partition("@")[0]]
+    path = _file_in_package(row)
+    return (
+        PublishedWeights(
+            label="",
+            default=True,
+            source=f"pip package {row.distribution}",
+            file=path.name if path else "",
+            folder=None,
+            megabytes=path.stat().st_size / 1e6 if path else None,
+            top1=row.top1,
+            licence=row.licence,
+            available=path is not None,
+        ),
     )
 
 
@@ -177,7 +213,7 @@ def _weights_file(name: str) -> Path:
     path = _file_in_package(row)
     if path is None:
         raise WeightsUnavailable(
-            f"the weights of {name} come with the pip package {row.package.replace('_', '-')}, "
+            f"the weights of {name} come with the pip package {row.distribution}, "
             f"which is not installed: {_INSTALL}, or pass --weights FILE"
         )
     return path

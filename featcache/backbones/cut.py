@@ -20,7 +20,14 @@ from torch import Tensor, fx, nn
 from torchvision.models.feature_extraction import NodePathTracer
 
 from featcache.backbones.backbone import Backbone
-from featcache.backbones.nodes import TRACE_ERRORS, Extractor, WholeNetwork, unknown_node
+from featcache.backbones.nodes import (
+    CONTAINERS,
+    TRACE_ERRORS,
+    Extractor,
+    WholeNetwork,
+    is_within,
+    unknown_node,
+)
 from featcache.errors import BackboneError, UnknownNode
 from featcache.spec import PENULTIMATE, FeatureNode
 
@@ -29,7 +36,6 @@ ALL = "all"
 _LEAVES = [
     kind for kind in vars(torchvision.ops).values() if isinstance(kind, type) and issubclass(kind, nn.Module)
 ]
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class Tail(nn.Module):
@@ -178,7 +184,7 @@ class _Traced:
         if match := re.fullmatch(r"last:([1-9]\d{0,5})", unfreeze):
             last = self.blocks[-int(match[1]) :]
             return last[0].start if len(last) < len(self.blocks) else 0
-        found = [index for index, name in enumerate(self.names) if _is_within(name, unfreeze)]
+        found = [index for index, name in enumerate(self.names) if is_within(name, unfreeze)]
         if not found:
             error = unknown_node(self._backbone, unfreeze, self.names)
             error.add_note("--unfreeze takes all, last:K for the K last blocks, or a node to begin with")
@@ -208,7 +214,7 @@ class _Traced:
                 continue
             after = sum(block.start > used for block in self.blocks)
             for name, parameter in self.module.named_parameters():
-                if _is_within(name, str(node.target)):
+                if is_within(name, str(node.target)):
                     found.setdefault(id(parameter), after)
         return found
 
@@ -220,7 +226,7 @@ class _Traced:
     def _last_of(self, name: str) -> int:
         if name == PENULTIMATE:
             return len(self.nodes) - 1
-        found = [index for index, there in enumerate(self.names) if _is_within(there, name)]
+        found = [index for index, there in enumerate(self.names) if is_within(there, name)]
         if not found:
             raise unknown_node(self._backbone, name, self.names)
         return found[-1]
@@ -262,7 +268,7 @@ class _Traced:
     def _find_blocks(self) -> Iterator[_Block]:
         cuts = {self.names[index] for index in self.cuts}
         for path, module in _blocks_of(self.module, "", cuts=cuts, in_container=False):
-            start = next((i for i in sorted(self._needed) if _is_within(self.names[i], path)), None)
+            start = next((i for i in sorted(self._needed) if is_within(self.names[i], path)), None)
             if start is not None and any(p.ndim >= 2 for p in module.parameters()):
                 yield _Block(path, start)
 
@@ -273,17 +279,13 @@ def _blocks_of(
     """The modules below `module` that are not taken apart, each with its path."""
     for name, child in module.named_children():
         inner = f"{path}.{name}" if path else name
-        is_container = type(child) in _CONTAINERS
+        is_container = type(child) in CONTAINERS
         # A sequence in a residual branch is no sequence of blocks: after it the network cannot be cut.
         holds_blocks = not in_container and any(
-            type(part) in _CONTAINERS and any(_is_within(cut, f"{inner}.{of}") for cut in cuts)
+            type(part) in CONTAINERS and any(is_within(cut, f"{inner}.{of}") for cut in cuts)
             for of, part in child.named_children()
         )
         if is_container or holds_blocks:
             yield from _blocks_of(child, inner, cuts=cuts, in_container=is_container)
         else:
             yield inner, child
-
-
-def _is_within(name: str, path: str) -> bool:
-    return name == path or name.startswith(f"{path}.")

@@ -6,7 +6,8 @@ A node is written `name` or `name:pooling`. Knows nothing of where the backbone 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -20,6 +21,9 @@ from featcache.spec import PENULTIMATE, FeatureNode, Pooling
 
 # Tracing runs the network's own Python on stand-ins for tensors, which fails in many ways.
 TRACE_ERRORS = (torch.fx.proxy.TraceError, TypeError, RuntimeError, ValueError, AttributeError)
+
+# Modules that only hold others, which the network passes one after another or as it likes.
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 _POOLINGS: tuple[Pooling, ...] = tuple(p for p in get_args(Pooling) if p != "none")
 
@@ -90,6 +94,103 @@ def make_extractor(backbone: Backbone, nodes: Sequence[str] = (PENULTIMATE,)) ->
     return Extractor(graph, backbone, tuple(found.values())).eval()
 
 
+@dataclass(frozen=True, kw_only=True)
+class NodeOutput:
+    """A node that can be asked for, and what it gives.
+
+    shape: of its output for one image. pooling: what becomes of that unless one is asked for. is_block: it is
+    the whole network's, a container's or a block's, and not inside a block.
+    """
+
+    name: str
+    num_features: int
+    pooling: Pooling
+    shape: tuple[int, ...]
+    is_block: bool
+
+
+def list_nodes(backbone: Backbone) -> tuple[NodeOutput, ...]:
+    """All nodes of the network, in the order in which they are computed, the penultimate one last.
+
+    Of a network that cannot be traced there is that one only.
+    """
+    try:
+        there = _node_names(backbone)[1:]  # the first one is the image
+    except BackboneError:
+        there = []
+    computed = _compute_all(backbone, there)
+    order = {name: place for place, name in enumerate(there)}
+    named = {name: name for name in there}
+    for path, _ in backbone.module.named_modules():
+        if path and (inside := [name for name in there if is_within(name, path)]):
+            named[path] = inside[-1]
+    # A container after the last node in it, which gives the same.
+    names = sorted(named, key=lambda name: (order[named[name]], -len(name)))
+    outputs = {name: computed[named[name]] for name in names}
+    outputs[PENULTIMATE] = computed[there[-1] if there else PENULTIMATE]
+    return tuple(_outputs(backbone, outputs))
+
+
+def _compute_all(backbone: Backbone, names: Sequence[str]) -> dict[str, Any]:
+    """The output of each node for one image, right in its shape; the penultimate one where none is named."""
+    size = backbone.preprocessing.crop_size
+    images = torch.zeros(1, 3, size, size)
+    with torch.inference_mode():
+        try:
+            graph = _graph_with(_without_numbers(backbone.module), backbone, names)
+            outputs: dict[str, Any] = graph(images.to("meta"))
+        except RuntimeError:  # a network that looks at numbers cannot do without
+            outputs = _graph_with(backbone.module, backbone, names)(images)
+    return outputs
+
+
+def _graph_with(module: nn.Module, backbone: Backbone, names: Sequence[str]) -> nn.Module:
+    if not names:
+        return WholeNetwork(module)
+    graph: nn.Module = create_feature_extractor(
+        module, return_nodes=list(names), tracer_kwargs=_tracer_options(backbone), suppress_diff_warning=True
+    )
+    return graph.eval()
+
+
+def _without_numbers(module: nn.Module) -> nn.Module:
+    """A copy whose tensors have a shape and no memory."""
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    memo: dict[int, Any] = {}
+    for _, tensor in tensors:
+        empty = torch.empty_like(tensor, device="meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
+    return deepcopy(module, memo)
+
+
+def _outputs(backbone: Backbone, outputs: Mapping[str, Any]) -> Iterator[NodeOutput]:
+    blocks = {*_blocks(backbone.module), PENULTIMATE}
+    for name, output in outputs.items():
+        try:
+            node = _describe(backbone, _Request(name=name, pooling=None), output)
+        except UnknownNode:
+            continue  # numbers, tuples, what is not one an image
+        yield NodeOutput(
+            name=name,
+            num_features=node.num_features,
+            pooling=node.pooling,
+            shape=tuple(output.shape[1:]),
+            is_block=name in blocks,
+        )
+
+
+def _blocks(module: nn.Module, path: str = "", *, in_container: bool = False) -> Iterator[str]:
+    """The paths of the modules that a network is a sequence of, and of the containers they are in."""
+    for name, child in module.named_children():
+        inner = f"{path}.{name}" if path else name
+        yield inner
+        is_container = type(child) in CONTAINERS
+        # A sequence inside a block of a sequence, such as its shortcut, is no sequence of blocks.
+        if is_container or (not in_container and any(type(c) in CONTAINERS for c in child.children())):
+            yield from _blocks(child, inner, in_container=is_container)
+
+
 def _parse(text: str) -> _Request:
     name, colon, pooling = text.rpartition(":")
     if not colon:
@@ -104,26 +205,35 @@ def _graph(backbone: Backbone, names: set[str]) -> nn.Module:
     """A module that returns {name: output}."""
     if names == {PENULTIMATE}:
         return WholeNetwork(backbone.module)
-    options = {
-        "leaf_modules": list(backbone.trace.leaf_modules),
-        "autowrap_functions": list(backbone.trace.leaf_functions),
-    }
-    there = _node_names(backbone, options)
+    there = _node_names(backbone)
     aliases = {PENULTIMATE: there[-1]}
     nodes = {name: aliases.get(name, name) for name in sorted(names)}
     for name, node in nodes.items():
-        if not any(known == node or known.startswith(f"{node}.") for known in there):
+        if not any(is_within(known, node) for known in there):
             raise unknown_node(backbone, name, there)
     graph: nn.Module = create_feature_extractor(
         backbone.module,
         return_nodes=sorted(set(nodes.values())),
-        tracer_kwargs=options,
+        tracer_kwargs=_tracer_options(backbone),
         suppress_diff_warning=True,
     )
     return _Traced(graph, nodes)
 
 
-def _node_names(backbone: Backbone, options: dict[str, Any]) -> list[str]:
+def _tracer_options(backbone: Backbone) -> dict[str, Any]:
+    return {
+        "leaf_modules": list(backbone.trace.leaf_modules),
+        "autowrap_functions": list(backbone.trace.leaf_functions),
+    }
+
+
+def is_within(name: str, path: str) -> bool:
+    """Whether a node of this name is the module at `path` or in it."""
+    return name == path or name.startswith(f"{path}.")
+
+
+def _node_names(backbone: Backbone) -> list[str]:
+    options = _tracer_options(backbone)
     try:
         _, names = get_graph_node_names(backbone.module, tracer_kwargs=options, suppress_diff_warning=True)
     except TRACE_ERRORS as error:
@@ -145,8 +255,9 @@ def unknown_node(backbone: Backbone, name: str, there: Sequence[str]) -> Unknown
 def _probe(graph: nn.Module, backbone: Backbone) -> dict[str, Any]:
     """The outputs for one black image, for their shapes."""
     size = backbone.preprocessing.crop_size
+    device = next((tensor.device for tensor in graph.state_dict().values()), None)
     with torch.inference_mode():
-        outputs: dict[str, Any] = graph(torch.zeros(1, 3, size, size))
+        outputs: dict[str, Any] = graph(torch.zeros(1, 3, size, size, device=device))
     return outputs
 
 

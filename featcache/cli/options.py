@@ -27,7 +27,7 @@ workers_option = click.option(
 )
 seed_option = click.option(
     "--seed",
-    type=click.IntRange(0),
+    type=click.IntRange(0, (1 << 63) - 1),
     default=0,
     show_default=True,
     help="Of all that is drawn at random: random weights, augmented views, splits.",
@@ -42,6 +42,11 @@ root_option = click.option(
 max_failures_option = click.option(
     "--max-failures", type=click.FloatRange(0, 1), default=0.01, show_default=True,
     help="The fraction of images that may fail before the run stops.",
+)  # fmt: skip
+prune_option = click.option(
+    "--prune", is_flag=True,
+    help="Remove rows of images that are gone even where they are most of the store; without it that is "
+    "refused, for it is what another folder looks like.",
 )  # fmt: skip
 dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
 moved_data_option = click.option(

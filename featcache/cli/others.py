@@ -13,13 +13,19 @@ from featcache.cli.options import (
 )
 
 
-@main.command(short_help="List the networks, and whose weights are here.")
+@main.command(short_help="List the networks, or the nodes of one.")
+@click.argument("name", required=False)
 @json_option
-def backbones(*, as_json: bool) -> None:
-    """List the backbones: dimension, parameters, where their weights come from and whether they are here."""
-    from featcache.commands.backbones import backbones as run
+def backbones(name: str | None, *, as_json: bool) -> None:
+    """List the backbones: dimension, parameters, where their weights come from and whether they are here.
 
-    emit(run(), as_json=as_json)
+    With the NAME of one: its nodes, which `embed --node` takes, and each set of weights with its licence.
+    Downloads nothing.
+    """
+    from featcache.commands.backbones import backbones as run
+    from featcache.commands.backbones import describe_backbone
+
+    emit(run() if name is None else describe_backbone(name), as_json=as_json)
 
 
 @main.command(short_help="Show the whole way on photographs of fruit.")

@@ -132,7 +132,10 @@ def merge(ctx: click.Context, /, stores: tuple[Path, ...], *, output: Path, as_j
     "--backbone", metavar="NAME", help="Compare with what `embed --backbone NAME` asks for, and so on below."
 )
 @click.option("--weights", metavar="FILE|random", help="As for embed; by default as the store was made.")
-@click.option("--seed", type=click.IntRange(0), help="Of random weights; by default as the store was made.")
+@click.option(
+    "--seed", type=click.IntRange(0, (1 << 63) - 1),
+    help="Of random weights; by default as the store was made.",
+)  # fmt: skip
 @click.option(
     "--node", "nodes", multiple=True, metavar="NAME[:avg|max|cls|flat]",
     help="As for embed, repeatable; by default as the store was made.",

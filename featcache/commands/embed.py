@@ -8,19 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from featcache.backbones.weights import RANDOM
-from featcache.embedder import Embedder
-from featcache.embedding import Embedding
-from featcache.engines import AUTO, require_engine
+from featcache.engines import AUTO
 from featcache.images import scan_images
-from featcache.origin import describe_origin
-from featcache.processors import usable_processors
-from featcache.progress import Progress, SilentProgress
-from featcache.request import EmbedRequest, absolute_weights, require_sizes
-from featcache.sharding import Shard, processors_of_rank
+from featcache.options import EmbedOptions
+from featcache.progress import Progress
+from featcache.sharding import Shard
 from featcache.spec import PENULTIMATE, JpegScale, Precision, StoreDtype
-from featcache.store.files import StoreFiles
 from featcache.together import carry_out_together
 from featcache.update import EmbedResult, EmbedResults, preview_update, update_shard, update_store
 
@@ -48,6 +43,7 @@ def embed(
     batch_size: int | None = None,
     workers: int | None = None,
     max_failures: float = 0.01,
+    prune: bool = False,
     shard: Shard | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -68,6 +64,8 @@ def embed(
     workers: threads that decode, and on the CPU compute. batch_size: see `make_engine`.
     max_failures: the fraction of images that may fail before the run stops with TooManyFailures; one image
         may always fail.
+    prune: remove rows of images that are no longer in `data` even where they are most of the rows that have
+        features, which is DataError otherwise: it is what another folder looks like.
     shard: embed these images only, into a store beside `output`, and make `output` of all shards once they
         are complete. The result is then that of `output`, otherwise that of the shard.
 
@@ -75,9 +73,7 @@ def embed(
     SpecMismatch (the store holds features of another spec), StoreLocked, DiskError; whatever is raised,
     every acknowledged block is kept and the same call goes on from there.
     """
-    (result,) = embed_together(
-        data,
-        {backbone: output},
+    options = EmbedOptions(
         weights=weights,
         seed=seed,
         nodes=nodes,
@@ -94,82 +90,36 @@ def embed(
         batch_size=batch_size,
         workers=workers,
         max_failures=max_failures,
+        prune=prune,
         shard=shard,
         dry_run=dry_run,
         progress=progress,
     )
-    return result
+    return _embed(Path(data), {backbone: output}, options)[0]
 
 
 def embed_together(
-    data: str | os.PathLike[str],
-    outputs: Mapping[str, str | os.PathLike[str]],
-    *,
-    weights: str | None = None,
-    seed: int = 0,
-    nodes: Sequence[str] = (PENULTIMATE,),
-    views: int = 1,
-    root: str | os.PathLike[str] | None = None,
-    follow_links: bool = False,
-    device: str = "auto",
-    precision: Precision = "float32",
-    store_dtype: StoreDtype = "float32",
-    jpeg: JpegScale = "full",
-    engine: str = AUTO,
-    decoder: str = AUTO,
-    isolate: bool = False,
-    batch_size: int | None = None,
-    workers: int | None = None,
-    max_failures: float = 0.01,
-    shard: Shard | None = None,
-    dry_run: bool = False,
-    progress: Progress | None = None,
+    data: str | os.PathLike[str], outputs: Mapping[str, str | os.PathLike[str]], **options: Any
 ) -> tuple[EmbedResult, ...]:
     """Embed with several backbones in one pass over the images: each is read and decoded once for all.
 
-    outputs: {backbone: its feature store}. The rest is as for `embed` and holds for each of them; `weights`
-    that are a file can be of one backbone only. Whatever is raised for one store ends the run of all.
+    outputs: {backbone: its feature store}. options: those of `embed`, each for all of them; `weights` that
+    are a file can be of one backbone only. Whatever is raised for one store ends the run of all.
     """
+    return _embed(Path(data), outputs, EmbedOptions(**options))
+
+
+def _embed(
+    data: Path, outputs: Mapping[str, str | os.PathLike[str]], options: EmbedOptions
+) -> tuple[EmbedResult, ...]:
     begun = time.perf_counter()
-    if workers is None:
-        workers = processors_of_rank(usable_processors()) if shard else usable_processors()
-    require_sizes(workers=workers, batch_size=batch_size)
     if not outputs or len({os.path.realpath(output) for output in outputs.values()}) < len(outputs):
         raise ValueError("every backbone needs a store of its own")
-    if len(outputs) > 1 and weights not in (None, RANDOM):
+    if len(outputs) > 1 and options.has_weights_file:
         raise ValueError("a weights file is of one backbone; embed it in a run of its own")
-    if engine != AUTO:
-        require_engine(engine)
-    data, root = Path(data), None if root is None else Path(root)
-    runs = [
-        Embedding(
-            files=StoreFiles.at(output),
-            embedder=Embedder(
-                EmbedRequest(
-                    backbone=backbone,
-                    weights=absolute_weights(weights),
-                    seed=seed,
-                    nodes=tuple(nodes),
-                    precision=precision,
-                    store_dtype=store_dtype,
-                    views=views,
-                    jpeg=jpeg,
-                ),
-                device=device,
-                batch_size=batch_size,
-                engine=engine,
-                decoder=decoder,
-                workers=workers,
-            ),
-            data=describe_origin(data, root, follow_links=follow_links),
-            workers=workers,
-            isolate=isolate,
-            max_failures=max_failures,
-            progress=progress or SilentProgress(),
-        )
-        for backbone, output in outputs.items()
-    ]
-    scan = partial(scan_images, data, root=root, follow_links=follow_links)
+    runs = [options.run(backbone, data=data, output=output) for backbone, output in outputs.items()]
+    scan = partial(scan_images, data, root=options.root_path, follow_links=options.follow_links)
+    shard, dry_run = options.shard, options.dry_run
     if shard is not None and not shard.is_everything:
         results = carry_out_together([update_shard(run, shard, scan, dry_run=dry_run) for run in runs])
     elif dry_run:

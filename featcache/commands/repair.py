@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -20,20 +20,25 @@ from numpy.typing import NDArray
 from featcache.embedder import Embedder
 from featcache.embedding import Embedded, Embedding, failure_lines
 from featcache.errors import DataError, DiskError, StoreError
-from featcache.images.decode import load_image
+from featcache.images.decode import load_pictures
 from featcache.images.identity import ImageFailure, file_stat
 from featcache.images.paths import resolve, show_path
 from featcache.origin import find_origin, find_root, follows_links, image_file
+from featcache.pipeline import load_in_time
 from featcache.processors import usable_processors
 from featcache.progress import Progress, SilentProgress
 from featcache.records import NO_FILE, FileStat, RowStatus
+from featcache.request import RecordedBackbone, require_sizes
 from featcache.reuse import CachedRows, ReusePlan
+from featcache.spec import Picture
 from featcache.store.blocks import BlockCheck
 from featcache.store.files import StoreFiles
 from featcache.store.lock import write_lock
 from featcache.store.reader import FeatureStore
 from featcache.together import carry_out
 from featcache.words import plural
+
+_KEPT = ("shard", "merged")  # of the provenance, whatever rows are embedded again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,13 +132,16 @@ def repair(
     """
     begun = time.perf_counter()
     workers = usable_processors() if workers is None else workers
-    if workers < 1 or (batch_size is not None and batch_size < 1):
-        raise ValueError("workers and batch_size are at least 1")
+    require_sizes(workers=workers, batch_size=batch_size)
     files = StoreFiles.at(store)
     with nullcontext() if dry_run else write_lock(files.output):
         files.require_no_folders()
         opened = FeatureStore.open(files.output, check=False)
-        need = _look(opened, data=data, root=root, workers=workers)
+
+        def bring_transform() -> None:
+            RecordedBackbone.of_store(opened).load(weights=weights, allowed=backbone)
+
+        need = _look(opened, bring_transform, data=data, root=root, workers=workers)
         if dry_run or need.root is None or not len(need.rows):
             if not dry_run:
                 files.sync()  # what is found sound may have been written by a repair killed before its sync
@@ -150,6 +158,7 @@ def repair(
                 progress=progress or SilentProgress(),
                 keep_growths=True,
                 count_known_failures=False,
+                also_recorded={name: opened.provenance[name] for name in _KEPT if name in opened.provenance},
             )
             plan = _plan(need, need.root, _growth_to_continue(files, need))
             recorded = _recorded_sha256(opened, need.damaged)
@@ -181,6 +190,7 @@ class _Need:
 
 def _look(
     store: FeatureStore,
+    bring_transform: Callable[[], None],
     *,
     data: str | os.PathLike[str] | None,
     root: str | os.PathLike[str] | None,
@@ -197,6 +207,8 @@ def _look(
     missing, changed = None, None
     if folder is not None:
         _require_images(store, lost, folder, follow_links=follows_links(store))
+        if len(failed) and store.spec.preprocessing.transform:
+            bring_transform()  # which makes the pictures that failed
         failing = _still_failing(cache, failed, folder, workers=workers)
         missing, changed = _count_changed(cache, folder)
     return _Need(
@@ -226,10 +238,11 @@ def _still_failing(cache: CachedRows, rows: NDArray[np.intp], root: Path, *, wor
     """{row: why} of the failed rows whose image cannot be used now either."""
     store = cache.store
     follow_links = follows_links(store)
+    plain = (Picture(preprocessing=store.spec.preprocessing),)
 
     def why(row: int) -> str | None:
         file = image_file(root, store.table.ids[row], follow_links=follow_links)
-        image = load_image(file, store.spec.preprocessing)
+        image = load_in_time(load_pictures, file, plain)  # one that hung before may hang again
         if isinstance(image, ImageFailure):
             return image.reason
         # It was decoded before too; the same bytes give the same features, which are none.

@@ -23,6 +23,7 @@ from featcache.pipeline import embed_files
 from featcache.processors import usable_processors
 from featcache.progress import Progress, SilentProgress
 from featcache.records import RowStatus
+from featcache.request import require_sizes
 from featcache.store.blocks import BlockState
 from featcache.store.reader import FeatureStore
 from featcache.words import plural
@@ -246,6 +247,10 @@ def verify(
     Damage in rows is part of the result. NotAStore, DamagedStore: it is in the structure, or there is none.
     """
     begun = time.perf_counter()
+    workers = usable_processors() if workers is None else workers
+    require_sizes(workers=workers, batch_size=batch_size)
+    if recompute < 0:
+        raise ValueError(f"0 rows or more can be embedded again, not {recompute}")
     opened = FeatureStore.open(store, check=False)
     states = opened.inspect()
     seconds = time.perf_counter() - begun
@@ -262,7 +267,7 @@ def verify(
             store=opened,
             root=find_root(opened, data=data, root=root),
             follow_links=origin["follow_links"],
-            workers=workers or usable_processors(),
+            workers=workers,
             progress=progress or SilentProgress(),
         )
     return VerifyResult(

@@ -1,61 +1,41 @@
 """Decoding in processes: a picture that crashes its decoder, or never ends, costs its row and not the run.
 
-Requests and outcomes are lines of JSON over a socket; pixels come back in memory that both sides map. What is
-to know of pictures is in the function that the processes run; this knows processes.
-
-A process lives as long as the one that asks it: it ignores Ctrl-C and SIGTERM, for the images in hand are
-still wanted then, and it ends when its standard input closes, which is when the other end is no more.
+What is to know of pictures is in the function that the processes run (`serving`); this knows processes: when
+they are started, asked, given up and ended.
 """
 
 from __future__ import annotations
 
-import fcntl
-import importlib
 import json
-import mmap
 import os
-import resource
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
-import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict
-from functools import lru_cache, partial
-from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-
 from featcache.errors import DeviceError
 from featcache.images.decode import MAX_PIXELS, Decoder, LoadedPictures
+from featcache.images.exchange import SharedPixels, anonymous_file, as_line, pictures_to_json, transforms_of
 from featcache.images.identity import ImageFailure, read_image
-from featcache.interrupts import STOPPING
 from featcache.records import NO_FILE, FileStat, RowStatus
-from featcache.spec import Picture, Preprocessing
-from featcache.transforms import find_transform, import_transform
-
-Load = Callable[[str, Sequence[Picture]], LoadedPictures | ImageFailure]
+from featcache.spec import Picture
+from featcache.transforms import find_transform
 
 _START = (
     "import json, sys; settings = json.loads(sys.argv[1]); sys.path[:] = settings['path']; "
-    "from featcache.images import isolated; isolated._serve(settings)"
+    "from featcache.images.serving import serve; serve(settings)"
 )
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # there is a process for each thread
 _START_SECONDS = 120  # a large library may come from a cold disk
 _ATTEMPTS = 3
 _END_SECONDS = 5  # inside a system call that cannot be interrupted, a process outlives its kill
-# As if half of the memory were its own: the kernel ends it before the process that holds the network.
-_OOM_SCORE = "500"
 
 
 class IsolatedDecoder:
@@ -97,7 +77,7 @@ class IsolatedDecoder:
         raised there or when this is closed, and DeviceError when there can be no process.
         """
         pictures = tuple(pictures)
-        for name in _transforms(pictures):
+        for name in transforms_of(pictures):
             find_transform(name)  # a process imports what it is asked for: nothing that is not known here
         said = ""
         for _ in range(_ATTEMPTS):
@@ -199,7 +179,7 @@ class _Worker:
             self._held = stack.pop_all()
 
     def _start(self, stack: ExitStack, settings: Mapping[str, Any]) -> None:
-        self._pixels = _SharedPixels(_anonymous_file())
+        self._pixels = SharedPixels(anonymous_file())
         stack.callback(self._pixels.close)
         near, far = socket.socketpair()
         self._socket = stack.enter_context(near)
@@ -233,11 +213,11 @@ class _Worker:
         self._pixels.hold(pictures)
         self._pixels.taken_up = False
         where = os.fsencode(path if os.path.isabs(path) else Path.cwd() / path)
-        request = {"path": where.decode("latin-1"), "pictures": _described(pictures)}
+        request = {"path": where.decode("latin-1"), "pictures": pictures_to_json(pictures)}
         try:
             if not self._ready:
                 self._await_start()
-            self._socket.sendall(_line(request))
+            self._socket.sendall(as_line(request))
         except OSError as error:
             raise _Gone("it takes no request") from error
 
@@ -300,75 +280,6 @@ class _Worker:
         return answer
 
 
-class _SharedPixels:
-    """Pictures in memory that two processes map; both hold the same ones in the same order.
-
-    The first byte says whether a request was taken up: whether its image is to blame when the process ends.
-    """
-
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-        self._memory = self._map(1)
-
-    @property
-    def taken_up(self) -> bool:
-        return self._memory[0] == 1
-
-    @taken_up.setter
-    def taken_up(self, value: bool) -> None:
-        self._memory[0] = int(value)
-
-    def hold(self, pictures: Sequence[Picture]) -> list[NDArray[np.uint8]]:
-        """The arrays of the pictures, each uint8 of shape (crop_size, crop_size, 3)."""
-        sides = [picture.preprocessing.crop_size for picture in pictures]
-        sizes = [side * side * 3 for side in sides]
-        needed = 1 + sum(sizes)
-        if needed > len(self._memory):
-            self._memory = self._map(needed)
-        return [
-            np.frombuffer(self._memory, np.uint8, size, start).reshape(side, side, 3)
-            for side, size, start in zip(sides, sizes, accumulate(sizes, initial=1), strict=False)
-        ]
-
-    def _map(self, size: int) -> mmap.mmap:
-        if os.fstat(self.descriptor).st_size < size:
-            os.ftruncate(self.descriptor, size)
-        return mmap.mmap(self.descriptor, size)
-
-    def close(self) -> None:
-        del self._memory
-        os.close(self.descriptor)
-
-
-def _anonymous_file() -> int:
-    """A descriptor of a file without a name, in memory where the system can."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("featcache-pixels")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
-
-
-def _line(message: Mapping[str, Any]) -> bytes:
-    return json.dumps(message).encode() + b"\n"
-
-
-@lru_cache(maxsize=16)
-def _described(pictures: tuple[Picture, ...]) -> str:
-    return json.dumps([asdict(picture) for picture in pictures])
-
-
-@lru_cache(maxsize=16)
-def _pictures(described: str) -> tuple[Picture, ...]:
-    return tuple(
-        Picture(**raw | {"preprocessing": Preprocessing(**raw["preprocessing"])})
-        for raw in json.loads(described)
-    )
-
-
-def _transforms(pictures: Sequence[Picture]) -> set[str]:
-    return {picture.preprocessing.transform for picture in pictures} - {""}
-
-
 def _exception(raised: str, said: str, trace: str) -> Exception:
     """What `load` raised in a process: as it was where a caller may expect it, else with its traceback."""
     if raised in ("ValueError", "MemoryError"):
@@ -388,80 +299,3 @@ def _warning_filters() -> Iterator[tuple[str, str, str, str, int]]:
 
 def _pattern(compiled: Any) -> str:
     return getattr(compiled, "pattern", compiled) or ""
-
-
-def _serve(settings: dict[str, Any]) -> None:
-    """The far end: answer requests until there is no one to ask. Owns its process."""
-    _obey_the_near_end()
-    with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    module, _, name = settings["load"].partition(":")
-    load = getattr(importlib.import_module(module), name)
-    _filter_warnings(settings["warnings"])
-    load = partial(load, **settings["options"])
-    _warm_up(load)
-    pixels = _SharedPixels(settings["pixels"])
-    with socket.socket(fileno=settings["socket"]) as near, near.makefile("rb") as requests:
-        # From here on an end is told by its cause; what libraries write is nobody's to read.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        near.sendall(_line({"ready": True}))
-        for request in requests:
-            try:
-                answer = _answer(json.loads(request), load, pixels)
-            except BaseException as error:
-                near.sendall(_line(_raised(error)))
-                raise
-            near.sendall(_line(answer))
-
-
-def _obey_the_near_end() -> None:
-    """Let only the near end end this process, also where a decoder never comes back to Python."""
-    for signum in STOPPING:
-        signal.signal(signum, signal.SIG_IGN)
-    # When the last descriptor of the other end closes, Linux sends SIGIO, which ends a process. Elsewhere it
-    # is ignored, and the process ends after the image in hand.
-    signal.signal(signal.SIGIO, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGIO])
-    fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(0, fcntl.F_SETFL, os.O_RDONLY | os.O_ASYNC)
-
-
-def _filter_warnings(filters: Sequence[tuple[str, str, str, str, int]]) -> None:
-    warnings.resetwarnings()
-    for action, message, named, module, line in filters:
-        home, _, name = named.partition(":")
-        # A category of a module that is not here cannot be met here.
-        category = getattr(sys.modules.get(home), name, None)
-        if category is not None:
-            warnings.filterwarnings(action, message, category, module, line, append=True)  # type: ignore[arg-type]
-
-
-def _warm_up(load: Load) -> None:
-    """Decode something harmless: importing what that takes is not on the first image's time."""
-    with suppress(OSError), tempfile.NamedTemporaryFile() as file:  # on a full disk it can do without
-        Image.new("RGB", (1, 1)).save(file, "JPEG")
-        file.flush()
-        load(file.name, (Picture(preprocessing=Preprocessing(resize_size=1, crop_size=1)),))
-
-
-def _answer(request: Mapping[str, str], load: Load, pixels: _SharedPixels) -> dict[str, Any]:
-    pictures = _pictures(request["pictures"])
-    shared = pixels.hold(pictures)
-    for name in _transforms(pictures):
-        import_transform(name)
-    pixels.taken_up = True
-    outcome = load(os.fsdecode(request["path"].encode("latin-1")), pictures)
-    answer = {"sha256": outcome.sha256 and outcome.sha256.hex(), "stat": outcome.stat._asdict()}
-    if isinstance(outcome, ImageFailure):
-        return answer | {"status": outcome.status, "said": outcome.reason}
-    firsts: dict[int, int] = {}  # of each array, the first picture that has it: alike pictures share one
-    for place, (target, source) in enumerate(zip(shared, outcome.pixels, strict=True)):
-        if firsts.setdefault(id(source), place) == place:
-            target[:] = source
-    places = [firsts[id(source)] for source in outcome.pixels]
-    return answer | {"status": RowStatus.OK, "said": outcome.note, "pixels": places}
-
-
-def _raised(error: BaseException) -> dict[str, Any]:
-    return {"raised": type(error).__name__, "said": str(error), "trace": traceback.format_exc()}

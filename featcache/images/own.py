@@ -35,8 +35,9 @@ class OwnCanvas:
 def _transformed(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.uint8]:
     """What the transform makes of the image; Refused, at the cost of its row, where that is no picture."""
     name, size = preprocessing.transform, preprocessing.crop_size
+    transform = find_transform(name)
     try:
-        pixels = np.asarray(find_transform(name)(image.copy()))
+        pixels = np.asarray(transform(image.copy()))
     except MemoryError:
         raise
     except Exception as error:  # code of the user's own may raise anything
@@ -47,4 +48,4 @@ def _transformed(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np
             f"the transform {name} returned {pixels.dtype} of shape {pixels.shape}, not uint8 of "
             f"({size}, {size}, 3)"
         )
-    return np.ascontiguousarray(pixels)
+    return np.array(pixels, order="C")  # its own: the transform may fill one array over and over

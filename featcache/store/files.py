@@ -62,12 +62,13 @@ class StoreFiles:
         return sorted(int(match[1] or 0) for match in self._matches(r"\.growing(?:\.([1-9]\d*))?"))
 
     def _matches(self, ending: str) -> list[re.Match[str]]:
-        """The files beside the store whose name is the store's with such an ending."""
+        """The files beside the store whose name is the store's with such an ending. DiskError."""
         pattern = re.compile(re.escape(self.output.name) + ending)
-        try:
-            names = os.listdir(self.output.parent)
-        except FileNotFoundError:
-            return []
+        with disk_errors(self.output, doing="listing what is beside"):
+            try:
+                names = os.listdir(self.output.parent)
+            except FileNotFoundError:
+                return []
         return [match for name in names if (match := pattern.fullmatch(name))]
 
     def _growth(self, number: int) -> Path:

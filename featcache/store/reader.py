@@ -17,7 +17,8 @@ from featcache.records import SPLITS, RowStatus
 from featcache.spec import FeatureNode, FeatureSpec, view_key
 from featcache.store.blocks import BlockCheck, BlockState
 from featcache.store.features import FeatureSet
-from featcache.store.layout import NO_SPLIT, RowTable, StoreLayout, read_layout
+from featcache.store.layout import NO_SPLIT, RowTable, StoreLayout
+from featcache.store.opening import read_layout
 from featcache.words import plural
 
 if TYPE_CHECKING:
@@ -109,10 +110,19 @@ class FeatureStore:
 
     @cached_property
     def row_status(self) -> NDArray[np.uint8]:
-        """uint8 ndarray (n_rows,) of RowStatus; PENDING where the block is not done."""
+        """uint8 ndarray (n_rows,) of RowStatus; PENDING where the block is not done.
+
+        DamagedStore where a row has a status that there is none of, which an unchecked store may have.
+        """
         status = np.full(len(self), RowStatus.PENDING, dtype=np.uint8)
         # Only done rows are touched: a page that the disk cannot give would kill the process.
         status[self.done] = self.layout.map(self.layout.row_status)[self.done]
+        unknown = np.flatnonzero(~np.isin(status, list(RowStatus)))
+        if len(unknown):
+            raise DamagedStore(
+                f"{self.path} is damaged: row {unknown[0]} has the status {status[unknown[0]]}, which no row "
+                f"has. `featcache verify {self.path}` says what else is."
+            )
         return status
 
     @cached_property
@@ -140,6 +150,7 @@ class FeatureStore:
             again = BlockCheck(self.layout)
             states = [again.state_of(i) if state.is_damage else state for i, state in enumerate(states)]
         self.done = self._rows_of([state is BlockState.DONE for state in states])
+        self.__dict__.pop("row_status", None)  # of rows that were taken for done before
         return states
 
     def check(self) -> None:
@@ -215,7 +226,7 @@ class FeatureStore:
         others = [other for other in range(self.spec.views) if other != view] if with_views else []
         return FeatureSet(
             X=vectors(view),
-            y=self.table.labels[keep],
+            y=np.array(self.table.labels[keep]),
             classes=self.classes,
             ids=ids if everything else tuple(ids[row] for row in np.flatnonzero(usable)),
             splits=_split_names(self.table.splits[keep]),

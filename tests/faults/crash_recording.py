@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from featcache.store.layout import create_store
+from featcache.store.creating import create_store
 from featcache.store.writer import StoreWriter
 
 

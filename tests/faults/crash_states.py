@@ -49,8 +49,9 @@ from featcache.records import RowStatus
 from featcache.spec import Preprocessing
 from featcache.store import writer as writer_module
 from featcache.store.blocks import BlockCheck
-from featcache.store.layout import SOURCE_DTYPE, Region, StoreLayout, read_layout
+from featcache.store.layout import SOURCE_DTYPE, Region, StoreLayout
 from featcache.store.lock import write_lock
+from featcache.store.opening import read_layout
 from featcache.store.reader import FeatureStore
 from featcache.store.writer import StoreWriter
 
@@ -541,6 +542,7 @@ class Bench:
                 backbone=f"{__name__}:small_picture",
                 batch_size=BLOCK_ROWS,
                 workers=1,
+                prune=True,
             )
             return result.embedded
 

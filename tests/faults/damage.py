@@ -24,7 +24,9 @@ from featcache.commands.verify import verify
 from featcache.errors import DamagedStore, StoreError
 from featcache.records import RowStatus
 from featcache.spec import FeatureNode
-from featcache.store.layout import SOURCE_DTYPE, Region, RowTable, StoreLayout, create_store, read_layout
+from featcache.store.creating import create_store
+from featcache.store.layout import SOURCE_DTYPE, Region, RowTable, StoreLayout
+from featcache.store.opening import read_layout
 from featcache.store.reader import FeatureStore
 from featcache.store.writer import StoreWriter
 

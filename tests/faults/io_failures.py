@@ -37,7 +37,7 @@ from featcache.model import Model
 from featcache.store import lock
 from featcache.store import writer as store_writer
 from featcache.store.blocks import BlockCheck
-from featcache.store.layout import read_layout
+from featcache.store.opening import read_layout
 from featcache.store.reader import FeatureStore
 from featcache.store.writer import StoreWriter
 
@@ -534,7 +534,7 @@ class Workload:
 
     def embed(self, manifest: str = "all", **more: Any) -> Any:
         path = self.base / f"{manifest}.csv"
-        more = {"batch_size": 2, "workers": 1, "backbone": TOY, **more}
+        more = {"batch_size": 2, "workers": 1, "backbone": TOY, "prune": True, **more}
         return embed(path, self.store, root=self.photos, **more)
 
     def scenarios(self) -> list[Scenario]:

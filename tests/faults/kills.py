@@ -289,6 +289,8 @@ def embedding_work(
             batch_size=BATCH_SIZE,
             workers=knobs.workers,
             max_failures=0.5,
+            prune=True,  # the next data set may have few images of the last one
+            decoder="fast",  # left to itself it is chosen by each data set's own images
             progress=_TellingProgress(tell),
         )
         tell("result", **{k: getattr(result, k) for k in ("rows", "embedded", "reused", "failed")})

@@ -30,7 +30,7 @@ from gaussians import PROVENANCE, gaussian_features
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-import featcache.store.layout
+import featcache.store.opening
 from faults.structure import Checked, find_checked
 from featcache.commands.info import info
 from featcache.errors import FeatcacheError
@@ -38,7 +38,8 @@ from featcache.fitting import fit_features
 from featcache.heads import HEADS
 from featcache.model import Model, content_digest
 from featcache.records import SPLITS, RowStatus
-from featcache.store.layout import SEAL_DTYPE, STAT_COLUMNS, Region, StoreLayout, read_layout
+from featcache.store.layout import SEAL_DTYPE, STAT_COLUMNS, Region, StoreLayout
+from featcache.store.opening import read_layout
 from featcache.store.reader import FeatureStore
 
 MEMORY = 1 << 30  # bytes a child may take beyond what its parent has
@@ -543,7 +544,7 @@ def use_store(path: Path) -> str:
 
 def forge_seal(path: Path) -> None:
     """Write the seal that the reader will compute, wherever it looks for it."""
-    compute = featcache.store.layout.compute_seal
+    compute = featcache.store.opening.compute_seal
 
     def write_it(source: Any, size: int, left_out: Any) -> str:
         regions = list(left_out)
@@ -554,13 +555,13 @@ def forge_seal(path: Path) -> None:
                     os.pwrite(file.fileno(), sealed.encode(), region.offset)
         return sealed
 
-    featcache.store.layout.compute_seal = write_it
+    featcache.store.opening.compute_seal = write_it
     try:
         read_layout(path)
     except FeatcacheError:
         pass
     finally:
-        featcache.store.layout.compute_seal = compute
+        featcache.store.opening.compute_seal = compute
 
 
 def use_model(path: Path) -> str:
