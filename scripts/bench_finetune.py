@@ -8,10 +8,12 @@
 hymenoptera: the tutorial's two recipes of 25 epochs on the same backbone (fixed: a frozen network in training
 mode with a new last layer; whole: all of it trained): SGD at 0.001 with momentum 0.9, divided by ten every 7
 epochs, batches of 4, random resized crops and flips, the best epoch on val kept. featcache: probe is embed,
-then fit; tail and full begin from there and choose on a fifth of the training rows. All are scored on val,
-from which the tutorial alone chooses. heads: fine-tuning of the blocks from --unfreeze on, from a fitted head
-and from a random one, on so many training images a class. cache: seconds an epoch with cached activations and
-without. --setting KEY=VALUE, repeatable, is for finetune.
+then fit; tail and full begin from there and choose on about a fifth of the training rows. All are scored on
+val, from which the tutorial alone chooses. heads: fine-tuning of the blocks from --unfreeze on, from a fitted
+head and from a random one, on so many training images a class; "tuned" is the share of the trained weights
+that was kept, which from a random head is always all of them, and differences to the probe are on the same
+rows. cache: seconds an epoch with cached activations and without. --setting KEY=VALUE, repeatable, is for
+finetune.
 """
 
 from __future__ import annotations
@@ -110,7 +112,9 @@ class Bench:
         given = {key: value for key, _, value in (text.partition("=") for text in self.options.setting)}
         settings = {key: _number(value) for key, value in given.items()}
         output = self.work / f"{name}.model"
-        return finetune(self.model, folder, output, progress=self.progress, **{**settings, **options})
+        return finetune(
+            self.model, folder, output, progress=self.progress, restart=True, **{**settings, **options}
+        )
 
 
 def _number(text: str) -> Any:
@@ -157,7 +161,9 @@ def hymenoptera(bench: Bench) -> None:
 
 
 def subset(folder: Path, target: Path, *, per_class: int, per_test_class: int) -> Path:
-    """Links to the first images of each class."""
+    """Copies of the first images of each class, unless they are there."""
+    if target.exists():
+        return target
     for split, count in (("train", per_class), ("test", per_test_class)):
         for kind in sorted((folder / split).iterdir()):
             (target / split / kind.name).mkdir(parents=True)
@@ -175,19 +181,30 @@ def heads(bench: Bench) -> None:
         per_test_class=options.per_test_class,
     )
     print(f"probe: {bench.probe(folder):.4f} on test")
-    print(f"{'head':>8}  {'test accuracy':>16}  {'by seed':>24}  {'loss in epoch 1':>15}")
+    print(
+        f"{'head':>8}  {'test accuracy':>16}  {'by seed':>24}  {'tuned by seed':>15}  {'loss in epoch 1':>15}"
+    )
     for start in ("refit", "random"):
-        accuracies, losses = [], []
-        for seed in range(options.seeds):
-            found = bench.finetune(
+        runs = [
+            bench.finetune(
                 folder, start, unfreeze=options.unfreeze, start=start, seed=seed, epochs=options.epochs
             )
-            accuracies.append(found.metrics.accuracy if found.metrics else 0.0)
-            losses.append(statistics.fmean(found.losses[: len(found.losses) // found.epochs]))
+            for seed in range(options.seeds)
+        ]
+        accuracies = [found.metrics.accuracy for found in runs if found.metrics]
+        losses = [statistics.fmean(found.losses[: len(found.losses) // found.epochs]) for found in runs]
         spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
         by_seed = " ".join(f"{accuracy:.4f}" for accuracy in accuracies)
+        tuned = " ".join(f"{found.alpha:.0%}" for found in runs)
         mean = f"{statistics.fmean(accuracies):.4f} ± {spread:.4f}"
-        print(f"{start:>8}  {mean:>16}  {by_seed:>24}  {statistics.fmean(losses):>15.3f}", flush=True)
+        print(
+            f"{start:>8}  {mean:>16}  {by_seed:>24}  {tuned:>15}  {statistics.fmean(losses):>15.3f}",
+            flush=True,
+        )
+        for seed, found in enumerate(runs):
+            compared = found.comparison and found.comparison.difference
+            said = compared.describe() if compared else "the probe kept"
+            print(f"{'':>8}  seed {seed} against the probe: {said}", flush=True)
 
 
 def cache(bench: Bench) -> None:

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,17 +22,30 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
+from featcache import embedder
 from featcache.cli import main
 from featcache.commands.embed import embed
+from featcache.commands.evaluate import evaluate_model
 from featcache.commands.finetune import FinetuneResult, finetune
 from featcache.commands.fit import fit
 from featcache.commands.predict import predict
-from featcache.errors import BackboneError, DataError, HeadError, ModelError, SpecMismatch, UnknownNode
+from featcache.errors import (
+    BackboneError,
+    DataError,
+    DiskError,
+    HeadError,
+    ModelError,
+    SpecMismatch,
+    TooManyFailures,
+    UnknownNode,
+)
 from featcache.images import decode
 from featcache.model import Model
 from featcache.progress import SilentProgress
 from featcache.store.reader import FeatureStore
-from featcache.tuning import activations, sources
+from featcache.tuning import activations, job, sources
+from featcache.tuning.scoring import Score
+from featcache.tuning.train import Trainer
 
 NAME = "small_network:small"
 TESTS = Path(__file__).parent
@@ -91,6 +105,10 @@ def tune(work: Work, output: Path, **options: Any) -> FinetuneResult:
     return finetune(work.model, work.photos, output, **{**QUICK, **options})
 
 
+def fail(*_: Any, **__: Any) -> None:
+    raise AssertionError("this is not to be called")
+
+
 class Told(SilentProgress):
     """Keeps the notes; at the step `stop_at` it is as if Ctrl-C were pressed."""
 
@@ -113,12 +131,12 @@ class Told(SilentProgress):
 
 def test_it_learns_what_the_frozen_features_lack(work: Work, tmp_path: Path) -> None:
     result = tune(work, tmp_path / "t.model", epochs=12, unfreeze="all", ema=0.5, seed=1)
-    probe, kept = (next(row for row in result.val if row["alpha"] == a) for a in (0.0, result.alpha))
+    probe, kept = (next(row for row in result.choice if row["alpha"] == a) for a in (0.0, result.alpha))
     assert result.alpha > 0
     assert kept["accuracy"] > probe["accuracy"]
     assert result.metrics is not None
     assert result.metrics.accuracy > 0.8
-    assert "validated on" in result.describe()
+    assert "MODEL2 beats MODEL: fine-tuning helped" in result.describe()
 
 
 def scored_again(work: Work, model: Path) -> float:
@@ -153,7 +171,7 @@ def test_cached_and_live_take_the_same_steps(work: Work, tmp_path: Path) -> None
     assert len(cached.losses) == 2 * -(-cached.n_train // 16)
     np.testing.assert_allclose(cached.losses, live.losses, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(
-        [row["log_loss"] for row in cached.val], [row["log_loss"] for row in live.val], rtol=1e-4
+        [row["log_loss"] for row in cached.choice], [row["log_loss"] for row in live.choice], rtol=1e-4
     )
 
 
@@ -162,13 +180,10 @@ def test_from_the_cache_no_image_is_opened_and_no_frozen_layer_runs(
 ) -> None:
     first = tune(work, tmp_path / "t.model", views=3)
 
-    def opened(*_: Any, **__: Any) -> None:
-        raise AssertionError("an image was opened")
-
-    monkeypatch.setattr(decode, "OpenImage", opened)
-    monkeypatch.setattr(sources, "load_pictures", opened)
+    monkeypatch.setattr(decode, "OpenImage", fail)
+    monkeypatch.setattr(sources, "load_pictures", fail)
     small_network.stem_passes.clear()
-    again = tune(work, tmp_path / "t.model", views=3)
+    again = tune(work, tmp_path / "t.model", views=3, restart=True)
     assert set(small_network.stem_passes) <= {1, 2}  # which probe for shapes
     assert again.losses == first.losses
     store = FeatureStore.open(tmp_path / "t.model.tail.h5")
@@ -181,11 +196,17 @@ def test_images_that_cannot_be_used_cost_their_own_row(work: Work, tmp_path: Pat
     (photos / "train" / "a" / "0000.png").write_bytes(b"")  # the first of all rows
     found = {
         cache: finetune(work.model, photos, tmp_path / cache, **{**QUICK, "cache": cache, "epochs": 1})
-        for cache in ("yes", "no")
+        for cache in ("yes", "no", "auto")
     }
-    assert found["yes"].n_train + found["yes"].n_val == 120
+    assert found["auto"].n_train == found["no"].n_train
+    assert found["yes"].n_train + found["yes"].n_choice == 120
     np.testing.assert_allclose(found["yes"].losses, found["no"].losses, rtol=0.02)
-    assert any("train/a/0000.png" in note for note in found["no"].notes)
+    for result in found.values():
+        assert any(note.startswith("failed: train/a/0000.png: ") for note in result.notes)
+    (photos / "train" / "b" / "0001.png").write_bytes(b"")
+    for cache in ("yes", "no"):
+        with pytest.raises(TooManyFailures, match=r"2 of 131 images .* 1.0% allowed.*--max-failures"):
+            finetune(work.model, photos, tmp_path / f"2{cache}", **{**QUICK, "cache": cache})
 
 
 def test_a_tuned_model_is_tuned_further(work: Work, tmp_path: Path) -> None:
@@ -194,7 +215,7 @@ def test_a_tuned_model_is_tuned_further(work: Work, tmp_path: Path) -> None:
     second = finetune(
         tmp_path / "1.model", work.photos, tmp_path / "2.model", **{**QUICK, "lr": 0.0, "head_lr": 0.0}
     )
-    assert second.val[0]["accuracy"] == max(row["accuracy"] for row in first.val)
+    assert second.choice[0]["accuracy"] == max(row["accuracy"] for row in first.choice)
     assert second.settings["start"] == "model"
     assert second.probe_kept
     one, two = arrays_of(tmp_path / "1.model"), arrays_of(tmp_path / "2.model")
@@ -208,7 +229,7 @@ def test_augmented_views_are_trained_on_and_plain_ones_scored(work: Work, tmp_pa
     assert plain.losses[0] == pytest.approx(plain.losses[1], rel=1e-5)  # nothing moves, nothing is drawn
     for result in (several, fresh):
         assert result.losses[0] != pytest.approx(result.losses[1], rel=1e-3)
-        assert result.val[0]["log_loss"] == pytest.approx(plain.val[0]["log_loss"], rel=1e-3)
+        assert result.choice[0]["log_loss"] == pytest.approx(plain.choice[0]["log_loss"], rel=1e-3)
 
 
 def test_trivial_augment_draws_every_epoch_and_cannot_be_cached(work: Work, tmp_path: Path) -> None:
@@ -224,7 +245,7 @@ def test_trivial_augment_draws_every_epoch_and_cannot_be_cached(work: Work, tmp_
 def test_the_probe_is_kept_where_tuning_does_not_beat_it(work: Work, tmp_path: Path) -> None:
     result = tune(work, tmp_path / "t.model", lr=0.0, head_lr=0.0)
     assert result.probe_kept
-    assert "the fitted head is kept: fine-tuning did not beat it on val by more than" in result.describe()
+    assert "MODEL2 is MODEL, since nothing that was trained was better by more than" in result.describe()
     kept, old = Model.load(tmp_path / "t.model"), Model.load(work.model)
     assert not kept.network
     np.testing.assert_array_equal(kept.arrays["coef"], old.arrays["coef"])
@@ -259,7 +280,7 @@ def test_the_options_of_training_change_it(work: Work, tmp_path: Path) -> None:
 def test_the_moving_average_is_validated_and_not_trained_on(work: Work, tmp_path: Path) -> None:
     plain, averaged = tune(work, tmp_path / "p.model"), tune(work, tmp_path / "a.model", ema=0.5)
     assert averaged.losses == plain.losses
-    assert averaged.val[-1] != plain.val[-1]
+    assert averaged.choice[-1] != plain.choice[-1]
 
 
 def test_the_curve_is_a_table_and_a_picture(work: Work, tmp_path: Path) -> None:
@@ -280,24 +301,166 @@ def test_the_curve_is_a_table_and_a_picture(work: Work, tmp_path: Path) -> None:
     assert report["settings"]["batch_size"] == 16
 
 
+def test_both_models_are_scored_on_the_same_rows_and_compared(work: Work, tmp_path: Path) -> None:
+    result = tune(work, tmp_path / "t.model", epochs=12, unfreeze="all", ema=0.5, seed=1)
+    before, after = (
+        evaluate_model(model, work.photos, backbone=NAME).metrics
+        for model in (work.model, tmp_path / "t.model")
+    )
+    found = result.comparison
+    assert found is not None
+    assert (found.before.confusion, found.kept.confusion) == (before.confusion, after.confusion)
+    assert found.difference is not None
+    assert found.difference.points == pytest.approx(100 * (after.accuracy - before.accuracy))
+    low, high = found.difference.ci95
+    assert low < found.difference.points < high
+    assert found.verdict == "beats"
+    last = result.describe().splitlines()[-7:]
+    assert last[0] == "MODEL2 against MODEL on these 45 rows: accuracy with its 95 % interval"
+    assert last[1].split()[:2] == ["MODEL2", f"{after.accuracy:.4f}"]
+    assert last[2].split()[:2] == ["MODEL", f"{before.accuracy:.4f}"]
+    assert last[4:6] == ["verdict: MODEL2 beats MODEL: fine-tuning helped", "next, to use MODEL2:"]
+    assert last[6] == f"  featcache predict {tmp_path}/t.model {work.photos} --backbone {NAME}"
+    seen = finetune(work.model, work.photos / "train", tmp_path / "s.model", **QUICK)
+    assert any(
+        re.match(r"\d+ of the \d+ rows scored are images that MODEL was fitted", n) for n in seen.notes
+    )
+
+
+def test_the_same_run_again_is_done_at_once(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = make_photos(tmp_path / "photos", {"train": 45, "test": 15})
+    shutil.copyfile(work.model, tmp_path / "m.model")
+    again = replace(work, photos=photos, model=tmp_path / "m.model")
+    options = {"epochs": 1, "start": "random"}
+    first = tune(again, tmp_path / "t.model", **options)
+    left = (tmp_path / "t.model").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "load_network", fail)
+        done = tune(again, tmp_path / "t.model", **options)
+    assert done == replace(first, done_before=True, losses=())
+    assert done.describe().startswith(f"nothing to do: {tmp_path}/t.model is what this command made")
+    assert (tmp_path / "t.model").read_bytes() == left
+
+    def trains(**more: Any) -> bool:
+        return not tune(again, tmp_path / "t.model", **{**options, **more}).done_before
+
+    assert trains(restart=True)
+    assert trains(seed=1)
+    assert not trains(seed=1)
+    (tmp_path / "t.model").write_bytes(left)  # which is not what seed 1 left
+    assert trains(seed=1)
+    (photos / "train" / "a" / "000.png").rename(photos / "train" / "b" / "900.png")
+    assert trains(seed=1)
+    loaded = Model.load(again.model)
+    replace(loaded, classes=("a", "c", "b")).save(again.model)
+    assert trains(seed=1)
+    (tmp_path / "t.model.json").write_text("{}")
+    assert trains(seed=1)
+
+
+def test_the_log_says_what_decides(work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([(0.5, 1.0), (0.4, 0.9), (0.6, 2.0), (0.6, 1.5), (0.6, 1.7), *[(0.1, 1.0)] * 4])
+    monkeypatch.setattr(
+        Trainer,
+        "score",
+        lambda self: Score(
+            **dict(zip(("accuracy", "nll"), next(scores), strict=True)), hits=np.zeros(1, bool)
+        ),
+    )
+    told = Told()
+    tune(work, tmp_path / "t.model", epochs=4, progress=told)
+    assert any("accuracy decides, and where it is the same, log-loss" in note for note in told.notes)
+    said = [note for note in told.notes if note.startswith("epoch")]
+    assert ["best so far by accuracy" in note for note in said] == [False, True, False, False]
+    assert ["best so far by log-loss at the same accuracy" in note for note in said] == [
+        False,
+        False,
+        True,
+        False,
+    ]
+
+
 # Stopping and going on
 
 
-def run_in_process(work: Work, output: Path, env: dict[str, str], *launcher: str) -> Any:
-    code = (
-        "import sys, torch; torch.set_num_threads(1); sys.path.insert(0, sys.argv[1])\n"
-        "import test_finetune as t; from pathlib import Path\n"
-        "work = t.Work(Path(sys.argv[2]), Path(sys.argv[3]))\n"
-        "result = t.tune(work, Path(sys.argv[4]), checkpoint_seconds=0.0, start='random')\n"
-        "import os; os.environ.get('RANK', '0') == '0' and print(list(result.losses))"
-    )
-    script = output.with_suffix(".py")
-    script.write_text(code)
-    command = [sys.executable, *launcher, script, TESTS, work.photos, work.model, output]
-    return subprocess.run(
-        [str(part) for part in command], env={**os.environ, **env}, capture_output=True, text=True,
-        cwd=TESTS, timeout=120,
-    )  # fmt: skip
+RUN = """
+import json, sys, torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+import test_finetune as t
+from pathlib import Path
+from featcache.tuning.ranks import joined_ranks
+work, output = t.Work(Path(sys.argv[2]), Path(sys.argv[3])), Path(sys.argv[4])
+with joined_ranks(torch.device("cpu")) as ranks:
+    plain = t.tune(work, output, checkpoint_seconds=0.0, start="random")
+    if ranks.count > 1:
+        moving = t.tune(work, output.with_suffix(".moving"), batch_norm="trained", start="random",
+                        store_dtype="float32", cache="no")
+        if ranks.is_first:
+            print(json.dumps([plain.losses, moving.metrics.nll]))
+"""
+
+
+@dataclass(frozen=True)
+class Started:
+    """A run in a process of its own, which computes beside other tests."""
+
+    output: Path
+    process: subprocess.Popen[str]
+
+    @classmethod
+    def start(cls, work: Work, output: Path, env: dict[str, str], *launcher: str) -> Started:
+        script = output.with_suffix(".py")
+        script.write_text(RUN)
+        with output.with_suffix(".out").open("w") as said, output.with_suffix(".err").open("w") as told:
+            process = subprocess.Popen(
+                [sys.executable, *launcher, *map(str, [script, TESTS, work.photos, work.model, output])],
+                env={**os.environ, **env}, cwd=TESTS, text=True, stdout=said, stderr=told,
+            )  # fmt: skip
+        return cls(output, process)
+
+    def ended(self, code: int) -> str:
+        """What it printed, once it has ended with this code."""
+        found = self.process.wait(timeout=300)
+        assert found == code, self.output.with_suffix(".err").read_text()[-2000:]
+        return self.output.with_suffix(".out").read_text()
+
+
+LONG_RUNS = {
+    "killed_run": ({"FAIL_AT": "8"}, ()),
+    "run_of_two_ranks": (
+        {"OMP_NUM_THREADS": "1"},
+        ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+    ),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _long_runs(
+    request: pytest.FixtureRequest, work: Work, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Started]]:
+    """Those that are asked for by any test, begun with the first test."""
+    asked = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    started = {
+        name: Started.start(work, tmp_path_factory.mktemp(name) / "t.model", env, *launcher)
+        for name, (env, launcher) in LONG_RUNS.items()
+        if name in asked
+    }
+    yield started
+    for run in started.values():
+        run.process.kill()
+
+
+@pytest.fixture
+def killed_run(_long_runs: dict[str, Started]) -> Started:
+    return _long_runs["killed_run"]
+
+
+@pytest.fixture
+def run_of_two_ranks(_long_runs: dict[str, Started]) -> Started:
+    return _long_runs["run_of_two_ranks"]
 
 
 def arrays_of(path: Path) -> dict[str, np.ndarray]:
@@ -311,18 +474,29 @@ def curve_of(model: Path) -> list[dict[str, str]]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
-def test_a_killed_run_goes_on_to_the_same_weights_bit_for_bit(work: Work, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_to_the_same_weights_bit_for_bit(
+    work: Work, tmp_path: Path, killed_run: Started
+) -> None:
     tune(work, tmp_path / "whole.model", start="random")
-    killed = run_in_process(work, tmp_path / "t.model", {"FAIL_AT": "8"})
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert not (tmp_path / "t.model").exists()
+    killed_run.ended(-signal.SIGKILL)
+    assert not killed_run.output.exists()
     told = Told()
-    tune(work, tmp_path / "t.model", start="random", progress=told)
+    tune(work, killed_run.output, start="random", progress=told)
     assert any("goes on after step 7," in note for note in told.notes)
-    expected, found = arrays_of(tmp_path / "whole.model"), arrays_of(tmp_path / "t.model")
+    expected, found = arrays_of(tmp_path / "whole.model"), arrays_of(killed_run.output)
     assert expected.keys() == found.keys()
     for name, array in expected.items():
         np.testing.assert_array_equal(array, found[name])
+
+
+def test_activations_of_the_network_before_are_not_taken_for_those_of_the_tuned_one(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedder, "prove_weights", lambda *_: "the weights are those that the request names")
+    tune(work, tmp_path / "1.model", epochs=1, unfreeze="all", start="random")
+    tune(work, tmp_path / "t.model", epochs=1)
+    with pytest.raises(SpecMismatch, match=r"tail\.h5 holds activations for another model .*weights_sha256"):
+        finetune(tmp_path / "1.model", work.photos, tmp_path / "t.model", **QUICK, restart=True)
 
 
 def test_activations_of_another_cut_are_refused(work: Work, tmp_path: Path) -> None:
@@ -378,17 +552,18 @@ def test_a_damaged_checkpoint_is_one_line(work: Work, tmp_path: Path) -> None:
             tune(work, tmp_path / "t.model")
 
 
-def test_ranks_together_take_the_steps_of_one(work: Work, tmp_path: Path) -> None:
+def test_ranks_together_take_the_steps_of_one(work: Work, tmp_path: Path, run_of_two_ranks: Started) -> None:
     alone = tune(work, tmp_path / "a.model", start="random")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    ran = run_in_process(work, tmp_path / "r.model", {"OMP_NUM_THREADS": "1"}, *launcher)
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    losses = json.loads(ran.stdout.strip().splitlines()[-1])
+    losses, moving_nll = json.loads(run_of_two_ranks.ended(0).strip().splitlines()[-1])
     np.testing.assert_allclose(losses, alone.losses, rtol=1e-4)
-    one, two = arrays_of(tmp_path / "a.model"), arrays_of(tmp_path / "r.model")
+    one, two = arrays_of(tmp_path / "a.model"), arrays_of(run_of_two_ranks.output)
     assert one.keys() == two.keys()
     for name, array in one.items():
         np.testing.assert_allclose(array, two[name], atol=1e-4)
+    # Each rank has scored some rows: by the statistics that are kept, which are those of both.
+    assert scored_again(work, run_of_two_ranks.output.with_suffix(".moving")) == pytest.approx(
+        moving_nll, abs=1e-5
+    )
 
 
 # What is refused, and what is said
@@ -396,8 +571,11 @@ def test_ranks_together_take_the_steps_of_one(work: Work, tmp_path: Path) -> Non
 
 def test_classes_the_model_does_not_know_are_added(work: Work, tmp_path: Path) -> None:
     more = make_photos(tmp_path / "more", {"train": 40, "test": 20}, kinds="bcd")
+    with pytest.raises(HeadError, match=r"no training image of a, which the model knows .*--forget"):
+        finetune(work.model, more, tmp_path / "t.model", **QUICK)
     for start in ("model", "refit"):
-        result = finetune(work.model, more, tmp_path / "t.model", **{**QUICK, "start": start, "epochs": 8})
+        options = {**QUICK, "start": start, "epochs": 8, "forget": True}
+        result = finetune(work.model, more, tmp_path / "t.model", **options)
         assert "classes that the model did not know: d" in result.notes
         assert "no training row has the class a: it may be forgotten" in result.notes
         assert Model.load(tmp_path / "t.model").classes == ("a", "b", "c", "d")
@@ -417,7 +595,10 @@ def test_a_class_without_training_rows_counts_as_errors(work: Work, tmp_path: Pa
     assert result.metrics.per_class[result.metrics.classes.index("z")].accuracy == 0
 
 
-def test_no_class_in_common_is_refused(work: Work, tmp_path: Path) -> None:
+def test_no_class_in_common_is_refused_before_a_network_is_loaded(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "load_network", fail)
     other = make_photos(tmp_path / "other", {"train": 12, "test": 6}, kinds="xyz")
     with pytest.raises(HeadError, match="the model knows a, b, c; the data has x, y, z: no class in common"):
         finetune(work.model, other, tmp_path / "t.model", **QUICK)
@@ -437,9 +618,21 @@ def test_a_truncated_model_another_backbone_and_a_store_are_one_line(work: Work,
     replace(loaded, spec=replace(loaded.spec, weights_sha256="0" * 64)).save(tmp_path / "other.model")
     with pytest.raises(BackboneError, match="was fitted on features of .* with weights 0000"):
         finetune(tmp_path / "other.model", work.photos, tmp_path / "t.model", **QUICK)
+
+
+def test_what_cannot_be_written_is_refused_first(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "load_network", fail)
     store = work.model.with_name("s.h5")
     with pytest.raises(HeadError, match="is a feature store, which would be replaced"):
-        finetune(work.model, work.photos, store, **QUICK)
+        tune(work, store)
+    with pytest.raises(ModelError, match="is the model to begin with, which would be replaced"):
+        tune(work, work.model)
+    with pytest.raises(DiskError, match="is a folder"):
+        tune(work, tmp_path)
+    with pytest.raises(DiskError, match="there is no folder .*elsewhere"):
+        tune(work, tmp_path / "elsewhere" / "t.model")
 
 
 def test_an_unknown_block_names_the_nearest(work: Work, tmp_path: Path) -> None:
@@ -466,6 +659,18 @@ def test_later_it_keeps_the_best_so_far(work: Work, tmp_path: Path, monkeypatch:
     assert "pass lower ones" in result.why_ended
     assert result.best_epoch == 1
     assert all(np.isfinite(array).all() for array in arrays_of(tmp_path / "t.model").values())
+
+
+def test_a_log_loss_that_is_no_number_ends_the_training(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nlls = iter([1.0, 0.9, float("inf")])
+    score = Trainer.score
+    monkeypatch.setattr(Trainer, "score", lambda self: replace(score(self), nll=next(nlls, 1.0)))
+    result = tune(work, tmp_path / "t.model", epochs=3)
+    assert "the log-loss on the choice rows is inf at step" in result.why_ended
+    assert (result.epochs, result.best_epoch) == (1, 1)
+    assert len(list(csv.DictReader((tmp_path / "t.model.curve.csv").open()))) == 1
 
 
 @pytest.mark.parametrize(
@@ -498,7 +703,10 @@ def test_the_command_says_what_it_did(work: Work, tmp_path: Path, monkeypatch: p
     )
     assert ran.exit_code == 0, ran.output
     said = json.loads(ran.stdout)
-    assert (said["epochs"], said["blocks"], said["n_val"] + said["n_train"]) == (1, ["last.0"], 90)
+    assert (said["epochs"], said["blocks"], said["n_choice"] + said["n_train"]) == (1, ["last.0"], 90)
+    for number in ("nan", "inf"):
+        ran = CliRunner().invoke(main, [*map(str, arguments), "--lr", number])
+        assert (ran.exit_code, f"{number} is not a finite number" in ran.output) == (2, True)
     ran = CliRunner().invoke(main, [*map(str, arguments), "--unfreeze", "nothing"])
     assert ran.exit_code == 1
     assert "has no node 'nothing'" in ran.output

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -18,10 +19,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, autoaugment
 
+from featcache import tuning
 from featcache.backbones import Backbone, load_backbone, make_backbone
 from featcache.backbones.cut import Tail, cut_network
 from featcache.backbones.nodes import make_extractor
 from featcache.errors import BackboneError, HeadError, UnknownNode
+from featcache.evaluate.comparison import Difference
 from featcache.evaluate.splits import hold_out
 from featcache.fitting import fit_features
 from featcache.heads import build_head
@@ -29,10 +32,13 @@ from featcache.heads.base import LinearHead
 from featcache.progress import SilentProgress
 from featcache.spec import FeatureNode, Preprocessing
 from featcache.tuning.activations import disk_speed
+from featcache.tuning.asked import Asked
 from featcache.tuning.average import interpolate, update_average
 from featcache.tuning.choose import choose_weights
+from featcache.tuning.comparison import Comparison
 from featcache.tuning.network import TunedNetwork
-from featcache.tuning.ranks import Ranks
+from featcache.tuning.ranks import Message, Ranks
+from featcache.tuning.result import advise
 from featcache.tuning.rows import tuning_rows
 from featcache.tuning.schedule import Schedule
 from featcache.tuning.scoring import Score
@@ -347,23 +353,23 @@ def test_clearly_better_is_by_more_than_a_standard_error() -> None:
 def test_val_rows_are_kept_from_training_and_test_rows_from_both() -> None:
     features = gaussian_features({"train": 60, "val": 15, "test": 30})
     rows = tuning_rows(features, features.classes)
-    for split, found in (("train", rows.train), ("val", rows.val), ("test", rows.test)):
+    for split, found in (("train", rows.train), ("val", rows.choice), ("test", rows.test)):
         assert found.tolist() == np.flatnonzero(features.splits == split).tolist()
-    assert (rows.validated_on, rows.scored_on, rows.notes) == ("val", "test", ())
+    assert (rows.chosen_on, rows.scored_on, rows.notes) == ("the 15 of the val split", "test", ())
 
 
 @pytest.mark.parametrize("splits", [{"": 400}, {"train": 300, "test": 60}, {"train": 300, "val": 60}])
 def test_without_a_val_split_a_fifth_of_the_training_rows_is_held_out(splits: dict[str, int]) -> None:
     features = gaussian_features(splits)
     rows = tuning_rows(features, features.classes)
-    pool = np.concatenate([rows.train, rows.val])
-    assert 0.12 < len(rows.val) / len(pool) < 0.28
+    pool = np.concatenate([rows.train, rows.choice])
+    assert 0.12 < len(rows.choice) / len(pool) < 0.28
     assert not set(rows.test.tolist()) & set(pool.tolist())
     # Not by the digits that test rows were held out by: of those none is below a fifth any more.
-    assert hold_out(features.sha256[pool], features.y[pool]).mean() != len(rows.val) / len(pool)
+    assert hold_out(features.sha256[pool], features.y[pool]).mean() != len(rows.choice) / len(pool)
     moved = tuning_rows(take(features, slice(None, None, -1)), features.classes)
-    ids = {features.ids[row] for row in rows.val}
-    assert {features.ids[::-1][row] for row in moved.val} == ids
+    ids = {features.ids[row] for row in rows.choice}
+    assert {features.ids[::-1][row] for row in moved.choice} == ids
 
 
 def test_classes_of_the_model_come_first_and_new_ones_follow() -> None:
@@ -372,7 +378,7 @@ def test_classes_of_the_model_come_first_and_new_ones_follow() -> None:
     assert rows.classes == ("other", "class2", "class0", "class1")
     assert rows.y[:3].tolist() == [2, 3, 1]
     few = take(gaussian_features({"": 6}), [0, 1, 3, 4])
-    with pytest.raises(HeadError, match="none can be kept to validate on"):
+    with pytest.raises(HeadError, match="none can be kept to choose weights on"):
         tuning_rows(few, few.classes)
 
 
@@ -436,7 +442,95 @@ def test_the_speed_of_the_disk_is_a_number_and_leaves_nothing(tmp_path: Path) ->
 
 
 def test_one_process_makes_what_the_first_rank_makes() -> None:
-    assert Ranks(torch.device("cpu")).from_first(lambda: 7) == 7
+    assert Ranks(torch.device("cpu")).from_first(lambda: Message(7)).plain == 7
+
+
+def test_a_message_is_the_same_after_it_was_sent() -> None:
+    sent = Message({"a": [1, None, "ä"]}, {"x": np.eye(3, dtype=np.float32)[:, ::-1], "n": np.array(2)})
+    found = Message.from_bytes(sent.to_bytes())
+    assert found.plain == sent.plain
+    assert found.arrays.keys() == sent.arrays.keys()
+    assert all(np.array_equal(found.arrays[name], array) for name, array in sent.arrays.items())
+    assert Message.from_bytes(Message().to_bytes()).plain is None
+
+
+class TwoRanks(Ranks):
+    """One process that is both of two ranks in turn: what the first says, the second hears."""
+
+    wire: ClassVar[list[Message]] = []
+
+    def _broadcast(self, message: Message) -> Message:
+        if self.is_first:
+            self.wire.append(Message.from_bytes(message.to_bytes()))
+            return message
+        return self.wire.pop(0)
+
+
+def test_the_error_of_the_first_rank_is_raised_by_all() -> None:
+    def refuse() -> Message:
+        error = UnknownNode("no such node")
+        error.add_note("try another")
+        raise error
+
+    for rank in (0, 1):
+        with pytest.raises(UnknownNode, match="no such node") as raised:
+            TwoRanks(torch.device("cpu"), rank, 2).from_first(refuse)
+        assert raised.value.__notes__ == ["try another"]
+    made = iter("ab")
+    ranks = [TwoRanks(torch.device("cpu"), rank, 2) for rank in (0, 1)]
+    assert [one.from_first(lambda: Message(next(made))).plain for one in ranks] == ["a", "a"]
+
+
+def test_ranks_and_checkpoints_pickle_nothing() -> None:
+    pickling = {
+        "pickle", "cPickle", "dill", "broadcast_object_list", "all_gather_object", "gather_object",
+        "scatter_object_list", "send_object_list", "recv_object_list",
+    }  # fmt: skip
+    for path in Path(tuning.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [getattr(node, name, None) for name in ("id", "attr", "module", "name")]
+            assert not pickling.intersection(filter(None, names)), f"{path}:{node.lineno}"
+
+
+def test_a_network_that_was_moved_is_probed_where_it_is() -> None:
+    backbone = small_network.small()
+    backbone.module.to("meta")
+    assert make_extractor(backbone, ["layers.1:flat"]).nodes[0].num_features == 12 * 4 * 4
+
+
+def test_a_command_is_that_of_the_options_given() -> None:
+    asked = Asked(
+        model=Path("my model"), data=Path("photos"), output=Path("t.model"), cache="no", forget=True,
+        root=Path("-r"), settings=Settings(lr=0.01, trivial_augment=True),
+    )  # fmt: skip
+    assert asked.line(epochs=3) == (
+        "featcache finetune 'my model' photos -o t.model --epochs 3 --lr 0.01 --trivial-augment "
+        "--root ./-r --cache no --forget"
+    )
+    other = replace(asked, settings=replace(asked.settings, seed=1))
+    assert other.key(model="m", images="i") != asked.key(model="m", images="i")
+    with pytest.raises(ValueError, match="cache is auto, yes or no"):
+        replace(asked, cache="maybe")  # type: ignore[arg-type]
+
+
+def test_what_to_do_next_follows_from_the_comparison() -> None:
+    asked = Asked(model=Path("m"), data=Path("photos"), output=Path("t.model"))
+    metrics: Any = SimpleNamespace(n=9)
+
+    def command(low: float, high: float, **settings: Any) -> str:
+        difference = Difference(points=0.0, ci95=(low, high), se=1.0)
+        compared = Comparison(before=metrics, kept=metrics, difference=difference, seen=0)
+        now = replace(asked, settings=Settings(**settings))
+        return advise(now, compared, frozen_blocks=int(not settings)).command
+
+    assert command(1, 2) == "featcache predict t.model ."
+    assert command(-2, -1) == "featcache predict m ."
+    assert command(-1, 1) == "featcache finetune m photos -o t-2.model --unfreeze all"
+    whole = {"unfreeze": "all"}
+    assert command(-1, 1, **whole) == "featcache finetune m photos -o t-2.model --unfreeze all --views 2"
+    assert command(-1, 1, **whole, views=2).endswith("--unfreeze all --lr 0.0001 --views 2")
+    same = Comparison(before=metrics, kept=metrics, difference=None, seen=0)
+    assert advise(asked, same, frozen_blocks=1).command.endswith("-o t.model --unfreeze all")
 
 
 def test_the_probe_is_fitted_again_without_the_val_rows() -> None:

@@ -9,48 +9,47 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from featcache.backbones import Backbone
 from featcache.backbones.cut import Tail
-from featcache.backbones.nodes import make_extractor
+from featcache.backbones.nodes import Extractor, make_extractor
 from featcache.disk import disk_errors
-from featcache.embedder import Embedder, ReadyEngine
+from featcache.embedder import Embedder
 from featcache.embedding import Embedding
-from featcache.errors import DataError, SpecMismatch
-from featcache.images import scan_images
-from featcache.images.decode import load_pictures
+from featcache.errors import DataError, SpecMismatch, TooManyFailures
+from featcache.images.decode import LoadedPictures, load_pictures
 from featcache.images.identity import ImageFailure
 from featcache.images.paths import resolve, show_path
 from featcache.model import Model
-from featcache.origin import describe_origin
 from featcache.progress import Progress
 from featcache.records import Listing, RowStatus
 from featcache.request import EmbedRequest, recorded_decoder
-from featcache.spec import FeatureNode, FeatureSpec, Picture, StoreDtype
+from featcache.spec import Picture
 from featcache.store.features import FeatureSet
 from featcache.store.files import StoreFiles
-from featcache.store.layout import NO_SPLIT, RowTable
+from featcache.store.layout import RowTable
 from featcache.store.reader import FeatureStore
 from featcache.together import carry_out
-from featcache.tuning.ranks import Ranks
+from featcache.tuning.asked import Asked, Cache
+from featcache.tuning.dataset import DataSet, without_vectors
+from featcache.tuning.ranks import Message, Ranks
 from featcache.tuning.settings import Settings
 from featcache.tuning.sources import Batch, LiveActivations, Source, StoredActivations
 from featcache.update import update_store
-
-Cache = Literal["auto", "yes", "no"]
+from featcache.words import plural
 
 _MEASURED = 2  # batches, after one that warms up
 _PROBE_BYTES = 1 << 24  # at least so much is written and read to know the disk
+_SHOWN = 10  # images that cannot be used
 _SPARE = 1.1  # the share of the space a store needs that must be free
 
 
@@ -71,32 +70,31 @@ class Prepared:
 class Preparation:
     """What is to be fine-tuned on what, up to the activations."""
 
+    asked: Asked
     model: Model
     backbone: Backbone
     tail: Tail
-    settings: Settings
-    data: Path
-    root: Path | None
-    follow_links: bool
+    data: DataSet
     store: Path
-    store_dtype: StoreDtype
-    engine: str
     workers: int
     ranks: Ranks
     progress: Progress
-    _listing: Listing | None = field(default=None, init=False)
 
-    def prepare(self, cache: Cache, *, begun_with: Mapping[str, Any]) -> Prepared:
+    @property
+    def settings(self) -> Settings:
+        return self.asked.settings
+
+    def prepare(self, *, begun_with: Mapping[str, Any]) -> Prepared:
         """Decide, say so, and make ready.
 
         begun_with: what the run of a checkpoint did, if there is one. DataError, DiskError, BackboneError:
         what stands in the way.
         """
+        cache = self.asked.cache
         if cache == "auto" and isinstance(begun_with.get("cached"), bool) and self.tail.key:
             cache = "yes" if begun_with["cached"] else "no"  # what was measured once may be otherwise now
-        cached, said = self.ranks.from_first(lambda: self._decide(cache))
-        if self.ranks.is_first:
-            self.progress.note(said)
+        cached, said = self.ranks.from_first(lambda: Message(self._decide(cache))).plain
+        self.progress.note(said)
         return self._from_store(said) if cached else self._from_images(said)
 
     # Deciding
@@ -111,7 +109,7 @@ class Preparation:
             return False, "not cached: TrivialAugment changes every image every epoch"
         if not self.tail.key:
             return False, "nothing is frozen, so there is nothing to cache: images are decoded every epoch"
-        listing = self._listed()
+        listing = self.data.listing
         count, bytes_an_image = len(listing.records) * self.settings.views, self._bytes_an_image()
         needed = count * bytes_an_image
         if cache == "no":
@@ -144,35 +142,49 @@ class Preparation:
         return False, f"not cached: {measured}"
 
     def _seconds_an_image(self, listing: Listing) -> float:
-        files = [resolve(listing.root, record.path) for record in listing.records]
-        size = max(1, min(self.settings.batch_size, len(files) // (1 + _MEASURED)))
-        spread = np.linspace(0, len(files) - 1, (1 + _MEASURED) * size).astype(np.int64)
-        batches = [Batch(rows) for rows in np.split(spread, 1 + _MEASURED)]
+        files = self._some_usable(listing)
+        size = max(1, len(files) // (1 + _MEASURED))
+        rows = np.resize(np.arange(len(files)), (1 + _MEASURED, size))
+        batches = [Batch(of_batch) for of_batch in rows]
         marks = []
         for activations in self._live(files).stream(batches):
             activations.sum().item()  # waits for a device that computes beside us
             marks.append(time.perf_counter())
         return (marks[-1] - marks[0]) / (_MEASURED * size)
 
+    def _some_usable(self, listing: Listing) -> list[Path]:
+        """Files to measure with, from all over the data; DataError where none of those can be decoded."""
+        count = min(len(listing.records), (1 + _MEASURED) * self.settings.batch_size)
+        spread = np.unique(np.linspace(0, len(listing.records) - 1, count).astype(np.int64))
+        files = [resolve(listing.root, listing.records[row].path) for row in spread.tolist()]
+        with ThreadPoolExecutor(self.workers, "look") as pool:
+            reasons = [
+                found.reason if isinstance(found, ImageFailure) else None
+                for found in pool.map(self._load_plain, files)
+            ]
+        usable = [file for file, reason in zip(files, reasons, strict=True) if reason is None]
+        if not usable:
+            raise DataError(
+                f"none of {plural(len(files), 'image')} can be used, first {show_path(files[0])}: "
+                f"{reasons[0]}. Mend or remove them."
+            )
+        return usable
+
+    def _load_plain(self, file: Path) -> LoadedPictures | ImageFailure:
+        plain = (Picture(preprocessing=self.model.spec.preprocessing),)
+        return load_pictures(file, plain, decoder=recorded_decoder(self.model.provenance))
+
     def _bytes_an_image(self) -> int:
-        return int(np.prod(self.tail.shape)) * np.dtype(self.store_dtype).itemsize
+        return int(np.prod(self.tail.shape)) * np.dtype(self.asked.store_dtype).itemsize
 
     # From a store
 
     def _from_store(self, said: str) -> Prepared:
-        notes = self.ranks.from_first(self._embed)
+        notes = self.ranks.from_first(lambda: Message(self._embed())).plain
         store = FeatureStore.open(self.store, check=self.ranks.is_first)
         index = np.flatnonzero(store.row_status == RowStatus.OK)
-        names = np.array([*("train", "val", "test"), ""])
-        splits = np.where(store.table.splits == NO_SPLIT, 3, store.table.splits)
-        images = _images(
-            ids=tuple(store.table.ids[row] for row in index.tolist()),
-            y=store.table.labels[index],
-            classes=store.classes,
-            splits=names[splits[index]],
-            sha256=np.array(store.sources["sha256"][index]),
-            spec=self.model.spec,
-            nodes=self.model.nodes,
+        images = without_vectors(
+            store.table, index, sha256=np.array(store.sources["sha256"][index]), model=self.model
         )
         source = StoredActivations(
             [store.map(self.tail.key, view=view) for view in range(self.settings.views)],
@@ -185,52 +197,53 @@ class Preparation:
             source=source,
             cached=True,
             store=str(self.store),
-            store_dtype=self.store_dtype,
+            store_dtype=self.asked.store_dtype,
             said=said,
-            notes=notes,
+            notes=tuple(notes),
         )
 
     def _embed(self) -> tuple[str, ...]:
         """Bring the store up to date, as `featcache embed` would."""
         recorded = self.model.request
-        embedder = _EmbedderOf(
-            self.backbone,
+        embedder = Embedder(
             EmbedRequest(
                 backbone=recorded["backbone"],
                 weights=recorded.get("weights"),
                 seed=recorded.get("seed", 0),
                 nodes=(self.tail.key,),
                 precision=self.settings.precision,
-                store_dtype=self.store_dtype,
+                store_dtype=self.asked.store_dtype,
                 views=self.settings.views,
                 jpeg=self.model.spec.preprocessing.jpeg,
             ),
+            backbone=self.backbone,
             device=str(self.ranks.device),
-            engine=self.engine,
+            engine=self.asked.engine,
             decoder=recorded_decoder(self.model.provenance),
             workers=self.workers,
         )
         run = Embedding(
             files=StoreFiles.at(self.store),
             embedder=embedder,
-            data=describe_origin(self.data, self.root, follow_links=self.follow_links),
+            data=self.data.origin,
             workers=self.workers,
-            max_failures=0.01,
+            max_failures=self.asked.max_failures,
             progress=self.progress,
+            prune=True,
         )
         try:
-            result = carry_out(update_store(run, self._listed))
+            result = carry_out(update_store(run, lambda: self.data.listing))
         except SpecMismatch as error:
             raise SpecMismatch(
                 f"{show_path(self.store)} holds activations for another model or other options: {error} "
                 "Or remove it."
             ) from error
         self._require_finite(result.failures)
-        return result.notes
+        return (*result.notes, *_failure_notes(result.failures))
 
     def _require_finite(self, failures: Iterable[tuple[str, str]]) -> None:
         words = RowStatus.NON_FINITE.words
-        if self.store_dtype == "float16" and any(why == words for _, why in failures):
+        if self.asked.store_dtype == "float16" and any(why == words for _, why in failures):
             raise DataError(
                 f"activations at {self.tail.key} are beyond the range of float16: "
                 f"remove {show_path(self.store)} and pass --store-dtype float32."
@@ -239,21 +252,14 @@ class Preparation:
     # From the images
 
     def _from_images(self, said: str) -> Prepared:
-        listing = self._listed()
-        sha256, failed = self.ranks.from_first(lambda: self._identify(listing))
-        usable = [row for row in range(len(listing.records)) if row not in failed]
-        table = RowTable.from_records(tuple(listing.records[row] for row in usable), listing.classes)
-        images = _images(
-            ids=table.ids,
-            y=table.labels,
-            classes=listing.classes,
-            splits=np.array([listing.records[row].split or "" for row in usable]),
-            sha256=sha256[usable],
-            spec=self.model.spec,
-            nodes=self.model.nodes,
-        )
-        files = [resolve(listing.root, path) for path in table.ids]
-        shown = [f"failed: {show_path(listing.records[row].path)}: {why}" for row, why in failed.items()]
+        listing = self.data.listing
+        looked = self.ranks.from_first(lambda: self._identify(listing))
+        failed = {int(row): why for row, why in looked.plain.items()}
+        usable = np.setdiff1d(np.arange(len(listing.records)), list(failed))
+        table = RowTable.from_records(listing.records, listing.classes)
+        images = without_vectors(table, usable, sha256=looked.arrays["sha256"][usable], model=self.model)
+        files = [resolve(listing.root, path) for path in images.ids]
+        failures = [(listing.records[row].path, why) for row, why in failed.items()]
         return Prepared(
             images=images,
             source=self._live(files),
@@ -261,44 +267,39 @@ class Preparation:
             store=None,
             store_dtype="",
             said=said,
-            notes=(*listing.notes, *shown[:10]),
+            notes=(*listing.notes, *_failure_notes(failures)),
         )
 
-    def _identify(self, listing: Listing) -> tuple[NDArray[np.uint8], dict[int, str]]:
-        """The sha256 of every image, and why some cannot be used: each is decoded once to know."""
-        plain = (Picture(preprocessing=self.model.spec.preprocessing),)
-        decoder = recorded_decoder(self.model.provenance)
+    def _identify(self, listing: Listing) -> Message:
+        """The sha256 of every image, and by row why some cannot be used: each is decoded once to know."""
         sha256 = np.zeros((len(listing.records), 32), dtype=np.uint8)
-        failed: dict[int, str] = {}
+        failed: dict[str, str] = {}
         self.progress.start("looking at images", total=len(listing.records), unit="images")
         with ThreadPoolExecutor(self.workers, "look") as pool:
             files = [resolve(listing.root, record.path) for record in listing.records]
-            load = partial(load_pictures, pictures=plain, decoder=decoder)
-            for row, loaded in enumerate(pool.map(load, files)):
+            for row, loaded in enumerate(pool.map(self._load_plain, files)):
                 if isinstance(loaded, ImageFailure):
-                    failed[row] = loaded.reason
+                    failed[str(row)] = loaded.reason
                 else:
                     sha256[row] = np.frombuffer(loaded.sha256, dtype=np.uint8)
                 self.progress.advance(1)
         self.progress.finish()
-        if len(failed) > max(1, 0.01 * len(listing.records)):
-            row, why = next(iter(failed.items()))
-            raise DataError(
-                f"{len(failed):,} of {len(listing.records):,} images cannot be used, first "
-                f"{show_path(listing.records[row].path)}: {why}. Mend or remove them."
+        allowed = self.asked.max_failures
+        if len(failed) > max(1, allowed * len(listing.records)):
+            first, why = next(iter(failed.items()))
+            raise TooManyFailures(
+                f"{len(failed):,} of {len(listing.records):,} images cannot be used, more than the "
+                f"{allowed:.1%} allowed, first {show_path(listing.records[int(first)].path)}: {why}. "
+                "Mend or remove them, or allow more with --max-failures."
             )
-        return sha256, failed
+        return Message(failed, {"sha256": sha256})
 
     def _live(self, files: list[Path]) -> LiveActivations:
-        prefix = None
-        if self.tail.key:
-            prefix = make_extractor(self.backbone, [self.tail.key]).to(self.ranks.device)
-            prefix = prefix.to(memory_format=torch.channels_last)
         return LiveActivations(
             files,
             preprocessing=self.model.spec.preprocessing,
             decoder=recorded_decoder(self.model.provenance),
-            prefix=prefix,
+            prefix=self._prefix,
             augment=self.settings.views > 1,
             trivial=self.settings.trivial_augment,
             seed=self.settings.seed,
@@ -307,21 +308,19 @@ class Preparation:
             device=self.ranks.device,
         )
 
-    def _listed(self) -> Listing:
-        if self._listing is None:
-            self._listing = scan_images(self.data, root=self.root, follow_links=self.follow_links)
-        return self._listing
+    @cached_property
+    def _prefix(self) -> Extractor | None:
+        """The frozen part on its device; None where there is none."""
+        if not self.tail.key:
+            return None
+        extractor = make_extractor(self.backbone, [self.tail.key])
+        return extractor.to(self.ranks.device).to(memory_format=torch.channels_last)
 
 
-class _EmbedderOf(Embedder):
-    """An embedder of a backbone that is here already, whatever weights its name would have."""
-
-    def __init__(self, backbone: Backbone, request: EmbedRequest, **options: object) -> None:
-        super().__init__(request, **options)  # type: ignore[arg-type]
-        self._backbone = backbone
-
-    def load(self, *, batch_size: int | None = None) -> ReadyEngine:
-        return self._use(self._backbone, batch_size=batch_size)
+def _failure_notes(failures: Sequence[tuple[str, str]]) -> list[str]:
+    shown = [f"failed: {show_path(path)}: {why}" for path, why in failures[:_SHOWN]]
+    more = len(failures) - _SHOWN
+    return shown if more <= 0 else [*shown, f"and {more:,} more failed"]
 
 
 @dataclass(frozen=True)
@@ -357,25 +356,3 @@ def _seconds(work: Callable[[], object]) -> float:
     begun = time.perf_counter()
     work()
     return max(time.perf_counter() - begun, 1e-9)
-
-
-def _images(
-    *,
-    ids: tuple[str, ...],
-    y: NDArray[np.int64],
-    classes: tuple[str, ...],
-    splits: NDArray[np.str_],
-    sha256: NDArray[np.uint8],
-    spec: FeatureSpec,
-    nodes: tuple[FeatureNode, ...],
-) -> FeatureSet:
-    return FeatureSet(
-        X=np.empty((len(y), 0), dtype=np.float32),
-        y=y,
-        classes=classes,
-        ids=ids,
-        splits=splits,
-        sha256=sha256,
-        nodes=nodes,
-        spec=spec,
-    )

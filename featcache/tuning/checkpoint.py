@@ -7,7 +7,7 @@ far it came. No state of a generator is kept: every draw follows from the seed, 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from featcache.model import content_digest
 from featcache.spec import show_value
 
 KIND = "featcache-checkpoint"
+FORMAT = 1  # of what `Trainer` keeps in it; another is the checkpoint of another run
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,14 +61,7 @@ class Checkpoint:
             raise ModelError(f"{show_path(path)} is no checkpoint, or damaged. {_BEGIN}") from error
         if not sound:
             raise ModelError(f"{show_path(path)} is damaged. {_BEGIN}")
-        if differing := sorted(name for name in {**recorded, **run} if recorded.get(name) != run.get(name)):
-            said = "; ".join(
-                f"{name} was {show_value(recorded.get(name))}, not {show_value(run.get(name))}"
-                for name in differing[:3]
-            )
-            raise ModelError(
-                f"{show_path(path)} is of another run: {said}. Ask for what it was, or {_BEGIN.lower()}"
-            )
+        require_same_run(path, recorded, run, names={*recorded, *run})
         return cls(arrays=arrays, progress=progress)
 
     @staticmethod
@@ -85,6 +79,20 @@ class Checkpoint:
     def remove(path: Path) -> None:
         with disk_errors(path, doing="removing"):
             path.unlink(missing_ok=True)
+
+
+def require_same_run(
+    path: Path, recorded: Mapping[str, Any], run: Mapping[str, Any], *, names: Iterable[str]
+) -> None:
+    """ModelError where the run that the checkpoint at `path` records is another in one of `names`."""
+    if differing := sorted(name for name in names if recorded.get(name) != run.get(name)):
+        said = "; ".join(
+            f"{name} was {show_value(recorded.get(name))}, not {show_value(run.get(name))}"
+            for name in differing[:3]
+        )
+        raise ModelError(
+            f"{show_path(path)} is of another run: {said}. Ask for what it was, or {_BEGIN.lower()}"
+        )
 
 
 _BEGIN = "Begin again with --restart."

@@ -1,6 +1,6 @@
 """Which weights are kept: those of the start, those that were trained, or some between them.
 
-The choice is made on the val rows, and the start is left only for what is clearly better.
+The choice is made on the choice rows, and the start is left only for what is clearly better.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from featcache.tuning.train import Trainer
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Choice:
-    """alpha: the share of the trained weights, 0 where the start is kept. scores: by alpha, on val rows."""
+    """alpha: the share of the trained weights, 0 where the start is kept.
+
+    scores: by alpha, on the choice rows.
+    """
 
     weights: Weights
     alpha: float
@@ -31,7 +34,7 @@ class Choice:
     def to_json(self) -> dict[str, Any]:
         return {
             "alpha": self.alpha,
-            "val": [
+            "choice": [
                 {"alpha": alpha, "accuracy": score.accuracy, "log_loss": score.nll}
                 for alpha, score in self.scores.items()
                 if math.isfinite(score.nll)  # weights between two that are sound may not be
@@ -42,8 +45,8 @@ class Choice:
 def choose_weights(trainer: Trainer, start: Weights, probe: Score, *, progress: Progress) -> Choice:
     """Weights on the line from the start to the best of training. probe: the score of the start.
 
-    Of several that are looked at one is the best by chance, and the fitted head has seen val rows as well: so
-    the start is left only for weights that are better by more than one standard error.
+    Of several that are looked at one is the best by chance, and the fitted head may have seen the choice
+    rows: so the start is left only for weights that are better by more than one standard error.
 
     From a start of random weights there is no such line, and what was trained is kept.
     """

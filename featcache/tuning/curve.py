@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from featcache.tuning.train import Epoch
 
 _SIZE = (960, 380)  # pixels
-_TRAIN, _VAL, _INK, _PALE = (31, 119, 180), (214, 90, 20), (60, 60, 60), (225, 225, 225)
+_TRAIN, _CHOICE, _INK, _PALE = (31, 119, 180), (214, 90, 20), (60, 60, 60), (225, 225, 225)
 _GRIDLINES = 5
 
 
@@ -35,20 +35,21 @@ def curve_png(curve: Sequence[Epoch], *, best_epoch: int) -> bytes:
     draw = ImageDraw.Draw(image)
     epochs = [row.epoch for row in curve]
     panels = (
-        ("loss", math.inf, [row.loss for row in curve], [row.val_loss for row in curve]),
-        ("accuracy", 1.0, [row.accuracy for row in curve], [row.val_accuracy for row in curve]),
+        ("loss", math.inf, [row.loss for row in curve], [row.choice_loss for row in curve]),
+        ("accuracy", 1.0, [row.accuracy for row in curve], [row.choice_accuracy for row in curve]),
     )
-    for place, (title, most, train, val) in enumerate(panels):
+    for place, (title, most, train, choice) in enumerate(panels):
         left = 60 + place * _SIZE[0] // 2
         panel = _Panel(
-            draw, (left, 50, left + _SIZE[0] // 2 - 90, _SIZE[1] - 45), epochs, [*train, *val], most
+            draw, (left, 50, left + _SIZE[0] // 2 - 90, _SIZE[1] - 45), epochs, [*train, *choice], most
         )
         panel.draw_axes(title)
         panel.draw_mark(best_epoch)
         panel.draw_line(train, _TRAIN)
-        panel.draw_line(val, _VAL)
-    for place, (name, colour) in enumerate((("train", _TRAIN), ("val", _VAL), ("best epoch", _PALE))):
-        x = 60 + 90 * place
+        panel.draw_line(choice, _CHOICE)
+    named = (("training rows", _TRAIN), ("choice rows", _CHOICE), ("best epoch", _PALE))
+    for place, (name, colour) in enumerate(named):
+        x = 60 + 140 * place
         draw.line([(x, 18), (x + 20, 18)], fill=colour, width=3)
         draw.text((x + 26, 11), name, fill=_INK, font=_font())
     data = io.BytesIO()

@@ -33,6 +33,13 @@ class TunedNetwork(nn.Module):
         self.requires_grad_(True)
         self.training_mode(False)
 
+    @property
+    def moving(self) -> list[Tensor]:
+        """The statistics of batch norms that move."""
+        return [
+            buffer for module in self._moving for buffer in module.buffers() if buffer.is_floating_point()
+        ]
+
     def forward(self, activations: Tensor) -> Tensor:
         scores: Tensor = self.head(self.tail(activations))
         return scores
@@ -73,7 +80,7 @@ class TunedNetwork(nn.Module):
 
     def _changing(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.named_parameters()
-        moving = {id(buffer) for module in self._moving for buffer in module.buffers()}
+        moving = {id(buffer) for buffer in self.moving}
         for name, buffer in self.named_buffers():
-            if id(buffer) in moving and buffer.is_floating_point():
+            if id(buffer) in moving:
                 yield name, buffer

@@ -1,4 +1,8 @@
-"""Which images are trained on, validated on and scored, and under which classes. Knows labels and digests."""
+"""Which images are trained on, chosen on and scored, and under which classes. Knows labels and digests.
+
+The choice rows are those on which it is chosen which weights to keep: the val split where the data has one
+besides what is scored, else some of the training rows, which are not trained on then.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from featcache.errors import HeadError
 from featcache.evaluate.splits import hold_out
 from featcache.fitting.rows import choose_rows
 from featcache.store.features import FeatureSet
-from featcache.words import name_some
+from featcache.words import name_some, plural
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,34 +29,35 @@ class TuningRows:
     """
 
     train: NDArray[np.int64]
-    val: NDArray[np.int64]
+    choice: NDArray[np.int64]
     test: NDArray[np.int64]
     classes: tuple[str, ...]
     y: NDArray[np.int64]
     trained_on: str
-    validated_on: str
+    chosen_on: str
     scored_on: str
     notes: tuple[str, ...]
 
 
 def tuning_rows(features: FeatureSet, known: Sequence[str]) -> TuningRows:
-    """Rows as `fit` chooses them, but that val rows are kept apart: weights are chosen on them.
+    """Rows as `fit` chooses them, but that val rows do not join the training rows: they are to choose on.
 
-    Where the data has no val split besides what is scored, a fifth of the training rows is held out by
-    content. known: the classes of the model. HeadError: no class in common, or too few rows.
+    Where the data has no val split besides what is scored, about a fifth of the training rows is kept for
+    that by content. known: the classes of the model. HeadError: no class in common, or too few rows.
     """
     rows = choose_rows(features)
     _require_common(features.classes, known)
-    is_val = features.splits[rows.train] == "val"
-    validated_on, trained_on = "val", "train"
-    if not is_val.any():
-        is_val = hold_out(_second_digest(features.sha256[rows.train]), features.y[rows.train])
-        validated_on = "a fifth of the training rows, held out by content"
-        trained_on = "the rest of the training rows"
-    train, val = rows.train[~is_val], rows.train[is_val]
-    if not len(val) or not len(train):
+    is_choice = features.splits[rows.train] == "val"
+    trained_on, chosen_on = "train", f"the {is_choice.sum():,} of the val split"
+    if not is_choice.any():
+        is_choice = hold_out(_second_digest(features.sha256[rows.train]), features.y[rows.train])
+        whole = plural(len(rows.train), "training row")
+        trained_on = f"{rows.trained_on}, but for the choice rows"
+        chosen_on = f"{is_choice.sum():,} of the {whole}, kept from training by content"
+    train, choice = rows.train[~is_choice], rows.train[is_choice]
+    if not len(choice) or not len(train):
         raise HeadError(
-            "every class has a single training image: none can be kept to validate on. Embed more images, or "
+            "every class has a single training image: none can be kept to choose weights on. Add images, or "
             "give some of them a val split."
         )
     there = {features.classes[k] for k in np.unique(features.y[train])}
@@ -61,15 +66,29 @@ def tuning_rows(features: FeatureSet, known: Sequence[str]) -> TuningRows:
     place = np.array([classes.index(name) if name in classes else -1 for name in features.classes] + [-1])
     return TuningRows(
         train=train,
-        val=val,
+        choice=choice,
         test=rows.test,
         classes=classes,
         y=place[features.y],
         trained_on=trained_on,
-        validated_on=validated_on,
+        chosen_on=chosen_on,
         scored_on=rows.scored_on,
-        notes=(*_notes(features, known, there, new), *_other_notes(rows.notes)),
+        notes=(
+            *_notes(features, known, there, new),
+            *_copies(features, train, choice),
+            *_other_notes(rows.notes),
+        ),
     )
+
+
+def require_all_classes(rows: TuningRows, known: Sequence[str]) -> None:
+    """HeadError for a class of the model of which there are no images to train on."""
+    there = set(rows.y[np.concatenate([rows.train, rows.choice])].tolist())
+    if lost := [name for place, name in enumerate(known) if place not in there]:
+        raise HeadError(
+            f"the data has no training image of {name_some(lost)}, which the model knows and would forget: "
+            "add images, or pass --forget."
+        )
 
 
 def _require_common(classes: Sequence[str], known: Sequence[str]) -> None:
@@ -90,6 +109,14 @@ def _notes(features: FeatureSet, known: Sequence[str], there: set[str], new: Seq
     if lost:
         notes.append(f"no training row has the class {name_some(lost)}, so its rows count as errors")
     return notes
+
+
+def _copies(features: FeatureSet, train: NDArray[np.int64], choice: NDArray[np.int64]) -> list[str]:
+    digests = np.ascontiguousarray(features.sha256).view("V32").ravel()
+    shared = int(np.isin(digests[choice], digests[train]).sum())
+    if not shared:
+        return []
+    return [f"{shared:,} of the {len(choice):,} choice rows are images that were also trained on"]
 
 
 def _other_notes(notes: Sequence[str]) -> list[str]:

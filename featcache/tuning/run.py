@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import softmax
 
 from featcache.backbones import Backbone
 from featcache.backbones.cut import Tail
 from featcache.backbones.tuned import network_tensors, tuned_identity
-from featcache.disk import open_regular
-from featcache.evaluate.metrics import Metrics, score
 from featcache.heads.temperature import fit_temperature
+from featcache.images.paths import show_path
 from featcache.interrupts import StopRequest
 from featcache.model import Model, image_keys
 from featcache.progress import Progress
@@ -27,8 +25,10 @@ from featcache.store.features import FeatureSet
 from featcache.tuning.activations import Prepared
 from featcache.tuning.checkpoint import Checkpoint
 from featcache.tuning.choose import Choice, choose_weights
-from featcache.tuning.network import TunedNetwork
-from featcache.tuning.ranks import Ranks
+from featcache.tuning.comparison import Comparison, Examination, Said
+from featcache.tuning.finished import begun_from
+from featcache.tuning.network import TunedNetwork, Weights
+from featcache.tuning.ranks import Message, Ranks
 from featcache.tuning.rows import TuningRows, tuning_rows
 from featcache.tuning.scoring import Computing
 from featcache.tuning.settings import Settings
@@ -38,13 +38,13 @@ from featcache.tuning.train import STOPPED, Trainer, TrainingState
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Tuned:
-    """What a run came to. model: to be kept; metrics: of its test rows, None where the run was stopped."""
+    """What a run came to. model: to be kept; comparison: None where the run was stopped."""
 
     model: Model
     choice: Choice
     state: TrainingState
     rows: TuningRows
-    metrics: Metrics | None
+    comparison: Comparison | None
     notes: tuple[str, ...]
 
     @property
@@ -54,13 +54,14 @@ class Tuned:
 
 @dataclass(kw_only=True)
 class TuningRun:
-    """Trains the tail of a model's backbone and its head; `where` is the model's file.
+    """Trains the tail of a model's backbone and its head; `where` is the model's file, of this sha256.
 
     checkpoint: the file that keeps the state of the run, every `checkpoint_seconds` and after each epoch.
     """
 
     model: Model
     where: Path
+    sha256: str
     backbone: Backbone
     tail: Tail
     prepared: Prepared
@@ -77,9 +78,6 @@ class TuningRun:
         ModelError: the checkpoint is of another run. HeadError: no epoch ended before the loss was no number.
         """
         self.rows = tuning_rows(self.prepared.images, self.model.classes)
-        if self.model.network and self.settings.start == "refit":
-            # Its head was trained together with its network, and without val rows.
-            self.settings = replace(self.settings, start="model")
         computing = Computing(self.prepared.source, self.ranks)
         network = TunedNetwork(self.tail, self._start_layer(computing), self.settings)
         network.to(self.ranks.device).to(memory_format=torch.channels_last)
@@ -94,17 +92,21 @@ class TuningRun:
             save=lambda state: self._save(state, run),
             save_seconds=self.checkpoint_seconds,
         )
-        probe = trainer.score(self.rows.val)
-        self.progress.note(f"at the start: val accuracy {probe.accuracy:.4f}, val log-loss {probe.nll:.4f}")
-        found = None if restart else self.ranks.from_first(lambda: Checkpoint.load(self.checkpoint, run=run))
-        if found is not None:
-            trainer.restore(found)
-            self.progress.note(f"goes on after step {trainer.state.step:,}, as {self.checkpoint} has it")
+        probe = trainer.score()
+        self.progress.note(
+            f"at the start, on the {len(self.rows.choice):,} choice rows: accuracy {probe.accuracy:.4f}, "
+            f"log-loss {probe.nll:.4f}; accuracy decides, and where it is the same, log-loss"
+        )
+        found = Message() if restart else self.ranks.from_first(lambda: self._load(run))
+        if found.plain is not None:
+            trainer.restore(Checkpoint(arrays=found.arrays, progress=found.plain))
+            where = show_path(self.checkpoint)
+            self.progress.note(f"goes on after step {trainer.state.step:,}, as {where} has it")
         trainer.run(stop)
         if trainer.state.why_ended == STOPPED:
             self._save(trainer.checkpoint(), run)
         choice = choose_weights(trainer, start, probe, progress=self.progress)
-        return self._finish(network, computing, choice, trainer.state)
+        return self._finish(network, computing, choice, trainer.state, start=start)
 
     # The start
 
@@ -119,27 +121,31 @@ class TuningRun:
         y = self.rows.y[self.rows.train]
         self.tail.to(self.ranks.device).to(memory_format=torch.channels_last)
         X = computing.over(self.rows.train, self.tail, width=width).astype(np.float32)
-        weights, bias = self.ranks.from_first(
-            lambda: refit_head(self.model, X, y, where=str(self.where)).as_linear()
+        fitted = self.ranks.from_first(lambda: self._refit(X, y)).arrays
+        return make_layer(
+            fitted["weights"], fitted["bias"], columns=np.unique(y).tolist(), n_classes=n_classes
         )
-        return make_layer(weights, bias, columns=np.unique(y).tolist(), n_classes=n_classes)
+
+    def _refit(self, X: NDArray[np.float32], y: NDArray[np.int64]) -> Message:
+        weights, bias = refit_head(self.model, X, y, where=str(self.where)).as_linear()
+        return Message(arrays={"weights": weights, "bias": bias})
 
     # Checkpoints
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must be of to go on from: settings, model, images, source of activations."""
-        with open_regular(self.where) as file:
-            model = hashlib.sha256(file.read()).hexdigest()
         run = {
-            **self.settings.to_json(),
-            "model": model,
+            **begun_from(self.settings, model=self.sha256, ranks=self.ranks.count),
             "images": _images_digest(self.prepared.images),
             "cached": self.prepared.cached,
             "store_dtype": self.prepared.store_dtype,
-            "ranks": self.ranks.count,
         }
         same: dict[str, Any] = json.loads(json.dumps(run))
         return same
+
+    def _load(self, run: Mapping[str, Any]) -> Message:
+        found = Checkpoint.load(self.checkpoint, run=run)
+        return Message() if found is None else Message(found.progress, found.arrays)
 
     def _save(self, state: Checkpoint, run: Mapping[str, Any]) -> None:
         if self.ranks.is_first:
@@ -148,34 +154,51 @@ class TuningRun:
     # The end
 
     def _finish(
-        self, network: TunedNetwork, computing: Computing, choice: Choice, state: TrainingState
+        self,
+        network: TunedNetwork,
+        computing: Computing,
+        choice: Choice,
+        state: TrainingState,
+        *,
+        start: Weights,
     ) -> Tuned:
+        """The model that is kept, compared with the one to begin with where training came to its end."""
+        ended = state.why_ended != STOPPED
+        rows, examination = self.rows, Examination(self.prepared.images, self.rows.test)
+        network.load_weights(start)
+        before = self._say(self.model, computing) if ended else None
         network.load_weights(choice.weights)
-        rows, scores_test = self.rows, state.why_ended != STOPPED
-        kept, metrics = self.model, None
+        kept, comparison = self.model, None
         # A model that does not know all classes is no answer, even where training gained nothing.
         if choice.alpha or rows.classes != self.model.classes:
-            temperature = self._temperature(computing.scores(network, rows.val))
-            if scores_test:
-                scores = computing.scores(network, rows.test)
-                metrics = self._metrics(softmax(scores / temperature, axis=1), rows.classes)
-            kept = self._tuned_model(network, choice, state, temperature, metrics)
-        elif scores_test:
-            X = computing.over(rows.test, self.tail, width=self.model.num_features).astype(np.float32)
-            metrics = self._metrics(self.model.predict_proba(X), self.model.classes)
-        return Tuned(model=kept, choice=choice, state=state, rows=rows, metrics=metrics, notes=rows.notes)
+            temperature = self._temperature(computing.scores(network, rows.choice))
+            kept = self._tuned_model(network, choice, state, temperature)
+        if before is not None:
+            said = None if kept is self.model else self._say(kept, computing)
+            comparison = examination.compare(before, said)
+        if kept is not self.model:
+            kept = replace(kept, metrics=self._metrics(comparison, state))
+        return Tuned(
+            model=kept, choice=choice, state=state, rows=rows, comparison=comparison, notes=rows.notes
+        )
+
+    def _say(self, model: Model, computing: Computing) -> Said:
+        """Of the test rows, by the weights that the network has now."""
+        X = computing.over(self.rows.test, self.tail, width=model.num_features)
+        return Said(model, model.predict_proba(X.astype(np.float32)))
 
     def _temperature(self, scores: NDArray[np.float64]) -> float:
-        y = self.rows.y[self.rows.val]
+        y = self.rows.y[self.rows.choice]
         return fit_temperature(scores[y >= 0], y[y >= 0])
 
-    def _metrics(self, probabilities: NDArray[np.float64], classes: Sequence[str]) -> Metrics:
-        """Of the test rows, over the classes of the data as well as the model's."""
-        images, rows = self.prepared.images, self.rows.test
-        joined = (*images.classes, *(name for name in classes if name not in images.classes))
-        table = np.zeros((len(rows), len(joined)))
-        table[:, [joined.index(name) for name in classes]] = probabilities
-        return score(images.y[rows], table, joined, [images.ids[row] for row in rows.tolist()])
+    def _metrics(self, comparison: Comparison | None, state: TrainingState) -> dict[str, Any]:
+        """What the model file says of the rows that were scored."""
+        scored: dict[str, Any] = {}
+        if comparison is not None:
+            scored = {**comparison.kept.to_json(), "scored_on": self.rows.scored_on}
+        if state.curve:
+            scored["train_accuracy"] = state.curve[-1].accuracy
+        return scored
 
     def _tuned_model(
         self,
@@ -183,7 +206,6 @@ class TuningRun:
         choice: Choice,
         state: TrainingState,
         temperature: float,
-        metrics: Metrics | None,
     ) -> Model:
         """The weights the network has now as a model that brings its own network."""
         identity = tuned_identity(self.backbone, label=f"fine-tuned from {self.where.name}")
@@ -198,9 +220,6 @@ class TuningRun:
             "temperature": temperature,
             **choice.to_json(),
         }
-        scored = {} if metrics is None else {**metrics.to_json(), "scored_on": self.rows.scored_on}
-        if state.curve:
-            scored["train_accuracy"] = state.curve[-1].accuracy
         return Model(
             head_name="linear",
             params={},
@@ -220,15 +239,15 @@ class TuningRun:
             ),
             nodes=self.model.nodes,
             provenance={**self.model.provenance, "weights": asdict(identity), "tuned": tuned},
-            metrics=scored,
-            chosen={"by": "accuracy, then log-loss, on val rows", "candidates": tuned["val"]},
+            metrics={},
+            chosen={"by": "accuracy, then log-loss, on the choice rows", "candidates": tuned["choice"]},
             network=network_tensors(self.backbone.module),
             trained_on=np.union1d(self.model.trained_on, self._images_seen()),
         )
 
     def _images_seen(self) -> NDArray[np.uint64]:
         """Of the images that were trained on, and of those on which the weights were chosen."""
-        seen = np.concatenate([self.rows.train, self.rows.val])
+        seen = np.concatenate([self.rows.train, self.rows.choice])
         return image_keys(self.prepared.images.sha256[seen])
 
 

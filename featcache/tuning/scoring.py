@@ -37,9 +37,17 @@ class Score:
 
     def beats(self, other: Score | None) -> bool:
         """By accuracy, and where that is the same by log-loss; what is not finite beats nothing."""
+        return bool(self.lead_over(other))
+
+    def lead_over(self, other: Score | None) -> str:
+        """By what it beats the other, in words; "" where it does not."""
         if not math.isfinite(self.nll):
-            return False
-        return other is None or (self.accuracy, -self.nll) > (other.accuracy, -other.nll)
+            return ""
+        if other is None:
+            return "the first"
+        if self.accuracy != other.accuracy:
+            return "by accuracy" if self.accuracy > other.accuracy else ""
+        return "by log-loss at the same accuracy" if self.nll < other.nll else ""
 
     def clearly_beats(self, other: Score) -> bool:
         """By more rows than one standard error of their difference; both are of the same rows.

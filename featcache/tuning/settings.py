@@ -15,16 +15,17 @@ BatchNorm = Literal["frozen", "trained"]
 class Settings:
     """Equal settings on equal data give equal weights on a CPU, whatever interrupts the run.
 
-    start: the head to begin with: that of the model fitted again without the val rows, so that they stay
+    start: the head to begin with: that of the model fitted again without the choice rows, so that they stay
         unseen; that of the model as it is; or random weights, to see what a fitted head is worth.
     lr, head_lr: the highest learning rates of the last block and of the head. layer_decay: what the rate is
         multiplied by from a block to the one before it. warmup: the share of the steps on which the rates
         rise from 0; after them they fall to 0 along a cosine.
     clip: the highest norm of the gradient, 0 for none. ema: the share of the old weights in their moving
-        average, which is what is validated; 0 for none. mixup: alpha of the Beta distribution, 0 for none.
+        average, which is what is scored and kept; 0 for none. mixup: alpha of the Beta distribution, 0 for
+        none.
     views: pictures of each image to train on, see the command. trivial_augment: change each of them in a way
         drawn anew every epoch, for which images must be decoded every epoch.
-    patience: epochs without a better val score after which training ends.
+    patience: epochs that are no better on the choice rows after which training ends.
     """
 
     unfreeze: str = "last:4"

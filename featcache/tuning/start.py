@@ -34,9 +34,9 @@ def refit_head(model: Model, X: NDArray[np.float32], y: NDArray[np.int64], *, wh
     """A head of the model's kind and parameters fitted on X (n_samples, n_features) and y (n_samples,)."""
     try:
         head = build_head(model.head_name, model.params, seed=0).fit(X, y)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise HeadError(
-            f"the {model.head_name} head of {where} cannot be fitted again without the val rows: "
+            f"the {model.head_name} head of {where} cannot be fitted again without the choice rows: "
             f"{' '.join(str(error).split())}. Begin with it as it is: --start model."
         ) from error
     if not isinstance(head, LinearHead):

@@ -1,4 +1,4 @@
-"""The loop: steps over the training rows, a look at the val rows after each epoch, the best weights kept.
+"""The loop: steps over the training rows, a look at the choice rows after each epoch, the best weights kept.
 
 Whatever is drawn follows from the seed, the epoch and the step, so that a run that was stopped and goes on
 from its checkpoint takes the same steps. Knows neither files of images nor how activations are come by.
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from featcache.tuning.schedule import Schedule
 from featcache.tuning.scoring import Computing, Score
 from featcache.tuning.settings import Settings
 from featcache.tuning.sources import Batch
+from featcache.words import plural
 
 STOPPED = "stopped"
 
@@ -44,8 +46,8 @@ class Epoch:
     steps: int
     loss: float
     accuracy: float
-    val_loss: float
-    val_accuracy: float
+    choice_loss: float  # of the choice rows
+    choice_accuracy: float
     lr: float
     head_lr: float
     seconds: float
@@ -105,7 +107,7 @@ class Trainer:
         self._average = network.copy_weights() if settings.ema else None
 
     def run(self, stop: StopRequest) -> None:
-        """Train until the last epoch, until val rows no longer gain, or until a signal asks to stop.
+        """Train until the last epoch, until the choice rows no longer gain, or until a signal asks to stop.
 
         Diverged: before any epoch was finished. Later it only ends the training.
         """
@@ -124,12 +126,13 @@ class Trainer:
             self.progress.finish()
 
     def score_weights(self, weights: Mapping[str, Tensor]) -> Score:
-        """How good these weights are on the val rows; the network keeps them."""
+        """How good these weights are on the choice rows; the network keeps them."""
         self.network.load_weights(weights)
-        return self.score(self.rows.val)
+        return self.score()
 
-    def score(self, rows: NDArray[np.int64]) -> Score:
-        """How good the network is as it is on these rows."""
+    def score(self) -> Score:
+        """How good the network is as it is on the choice rows."""
+        rows = self.rows.choice
         return Score.of(self.computing.scores(self.network, rows), self.rows.y[rows])
 
     def checkpoint(self) -> Checkpoint:
@@ -160,21 +163,31 @@ class Trainer:
 
     def restore(self, found: Checkpoint) -> None:
         """Go on from a checkpoint of this run."""
-        parts: dict[str, dict[str, Tensor]] = {}
+        parts: dict[str, dict[str, NDArray[Any]]] = {}
         for name, array in found.arrays.items():
             part, _, rest = name.partition("/")
-            parts.setdefault(part, {})[rest] = torch.from_numpy(array.copy()).to(self.ranks.device)
-        self.network.load_weights(parts["now"])
+            parts.setdefault(part, {})[rest] = array
+        weights = self.network.weights()
+
+        def as_weights(part: str) -> Weights:
+            return {name: _laid_out_like(weights[name], array) for name, array in parts[part].items()}
+
+        self.network.load_weights(as_weights("now"))
         if self._average is not None:
-            self._average = parts["average"]
-        moments = {int(part[5:]): values for part, values in parts.items() if part.startswith("adam.")}
+            self._average = as_weights("average")
+        parameters = [each for group in self._optimizer.param_groups for each in group["params"]]
+        moments = {
+            index: {name: _laid_out_like(each, array) for name, array in parts[f"adam.{index}"].items()}
+            for index, each in enumerate(parameters)
+            if f"adam.{index}" in parts
+        }
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": moments})
         plain = dict(found.progress)
         curve, best_score = plain.pop("curve"), plain.pop("best_score")
         self.state = TrainingState(
             **plain,
             curve=[Epoch(**row) for row in curve],
-            best=parts.get("best"),
+            best=as_weights("best") if "best" in parts else None,
             best_score=Score(**best_score) if best_score else None,
         )
 
@@ -229,6 +242,7 @@ class Trainer:
             norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), settings.clip)
             self._require_finite(norm.item(), what="gradient")
         self._optimizer.step()
+        self._agree_on_statistics()
         if self._average is not None:
             update_average(self._average, self.network.weights(), decay=settings.ema, step=state.step)
         state.step += 1
@@ -243,10 +257,12 @@ class Trainer:
     def _end_epoch(self) -> None:
         state, settings = self.state, self.settings
         loss, accuracy = self._means()
-        weights = self._average if self._average is not None else self.network.copy_weights()
         now = self.network.copy_weights()
+        weights = now if self._average is None else self._average
         score = self.score_weights(weights)
         self.network.load_weights(now)
+        if not math.isfinite(score.nll):
+            raise Diverged(self._diverged("log-loss on the choice rows", score.nll))
         state.epoch += 1
         rates = [group["lr"] for group in self._optimizer.param_groups]
         state.curve.append(
@@ -255,24 +271,35 @@ class Trainer:
                 steps=state.step,
                 loss=loss,
                 accuracy=accuracy,
-                val_loss=score.nll,
-                val_accuracy=score.accuracy,
+                choice_loss=score.nll,
+                choice_accuracy=score.accuracy,
                 lr=max(rates[:-2]),
                 head_lr=rates[-1],
                 seconds=state.seconds,
             )
         )
         state.loss_sum, state.hits, state.seen = 0.0, 0.0, 0
-        if not math.isfinite(score.nll):
-            raise Diverged(self._diverged("log-loss on the val rows", score.nll))
-        if score.beats(state.best_score):
+        lead = score.lead_over(state.best_score)
+        if lead:
             state.best = {name: tensor.detach().clone() for name, tensor in weights.items()}
             state.best_score, state.best_epoch = score, state.epoch
-        self._tell(f"epoch {state.epoch} of {settings.epochs}", (loss, accuracy), score)
+        said = f"; choice rows: accuracy {score.accuracy:.4f}, log-loss {score.nll:.4f}"
+        said += f", best so far {lead}" if lead and state.epoch > 1 else ""
+        self._tell(f"epoch {state.epoch} of {settings.epochs}", (loss, accuracy), said)
         if state.epoch >= settings.epochs:
             state.why_ended = "all epochs done"
         elif state.epoch - state.best_epoch >= settings.patience:
-            state.why_ended = f"no better on the val rows for {settings.patience} epochs"
+            state.why_ended = f"no better on the choice rows for {plural(settings.patience, 'epoch')}"
+
+    def _agree_on_statistics(self) -> None:
+        """Each rank has met other rows, and those of one rank alone are kept."""
+        moving = self.network.moving
+        if self.ranks.count == 1 or not moving:
+            return
+        together = self.ranks.average(torch.cat([buffer.flatten() for buffer in moving]))
+        parts = torch.split(together, [buffer.numel() for buffer in moving])
+        for buffer, part in zip(moving, parts, strict=True):
+            buffer.copy_(part.view_as(buffer))
 
     def _batches(self, epoch: int) -> list[NDArray[np.int64]]:
         order = np.random.default_rng([self.settings.seed, epoch, 0]).permutation(self._train)
@@ -306,13 +333,21 @@ class Trainer:
             f"{lr:g} and --head-lr {head_lr:g}: pass lower ones, or a lower --clip"
         )
 
-    def _tell(self, where: str, means: tuple[float, float], score: Score | None = None) -> None:
+    def _tell(self, where: str, means: tuple[float, float], more: str = "") -> None:
         rates = [group["lr"] for group in self._optimizer.param_groups]
-        said = f"{where}: loss {means[0]:.4f}, accuracy {means[1]:.4f}"
-        if score is not None:
-            said += f", val accuracy {score.accuracy:.4f}, val log-loss {score.nll:.4f}"
-            said += ", best so far" if self.state.best_epoch == self.state.epoch else ""
-        self.progress.note(f"{said}, lr {max(rates[:-2]):.1e}, head {rates[-1]:.1e}")
+        said = f"{where}: training rows: loss {means[0]:.4f}, accuracy {means[1]:.4f}{more}"
+        self.progress.note(f"{said}; lr {max(rates[:-2]):.1e}, of the head {rates[-1]:.1e}")
+
+
+def _laid_out_like(parameter: Tensor, array: NDArray[Any]) -> Tensor:
+    """The array as a tensor that lies in memory as one of this parameter's does.
+
+    Sums over tensors that lie otherwise may round otherwise, and a run is to go on to the same bits.
+    """
+    found = torch.from_numpy(array.copy())
+    if found.shape != parameter.shape:  # the count of steps
+        return found.to(parameter.device)
+    return torch.empty_like(parameter.detach()).copy_(found)
 
 
 _PLAIN = (*("epoch", "step", "loss_sum", "hits", "seen", "seconds", "losses", "best_epoch", "why_ended"),)
