@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from featcache.errors import DataError, SpecMismatch
 from featcache.images.identity import ImageFailure
-from featcache.images.paths import resolve
+from featcache.images.paths import resolve, show_path
 from featcache.inference import ReadyModel
 from featcache.model import Model
 from featcache.progress import Progress
@@ -27,6 +27,7 @@ from featcache.store.reader import FeatureStore
 from featcache.words import name_some, plural
 
 ALL = "all"  # no split: every labelled row
+ALL_WORDS = "all that have a label"
 _ROWS_AT_ONCE = 4096  # of a store, so that the head's own arrays stay small
 
 
@@ -157,8 +158,8 @@ def _require_features_of(model: Model, spec: FeatureSpec, *, where: str, path: P
         said = f"nodes is {held}, not {needed}"
     if said:
         raise SpecMismatch(
-            f"{path} holds other features than {where} was fitted on: {said}. Give the folder or CSV of the "
-            "images instead, or a store made as the model's was."
+            f"{show_path(path)} holds other features than {where} was fitted on: {said}. Give the folder or "
+            "CSV of the images instead, or a store made as the model's was."
         )
 
 
@@ -177,7 +178,7 @@ def choose_split(rows: LabelledRows, asked: str | None, *, data: str) -> tuple[N
     counts = Counter(rows.splits[labelled].tolist())
     split = asked or next((name for name in ("test", "val") if counts[name]), ALL)
     if split == ALL:
-        return np.flatnonzero(labelled), "all that have a label"
+        return np.flatnonzero(labelled), ALL_WORDS
     if not counts[split]:
         have = ", ".join(f"{counts[name]:,} in {name}" for name in SPLITS if counts[name])
         raise DataError(

@@ -24,7 +24,9 @@ from safetensors.numpy import load, save
 from featcache.disk import open_regular, write_atomically
 from featcache.errors import HeadError, ModelError
 from featcache.heads import find_head
+from featcache.images.paths import show_path
 from featcache.spec import FeatureNode, FeatureSpec, require_shallow
+from featcache.words import show_text
 
 if TYPE_CHECKING:
     from featcache.heads.base import Head
@@ -34,6 +36,7 @@ ENCODING_TYPE = "featcache-model"
 ENCODING_VERSION = 2
 TRAINED_ON = "trained_on"  # the array of `image_keys`
 NETWORK = "network."  # before the names of the tensors of a fine-tuned backbone
+_LONGEST_HEADER = 100_000_000  # bytes, of any safetensors file
 
 # What the rebuilding of a head raises on odd content; skops, whose archives are zip files, adds its own.
 _REBUILD_ERRORS = (
@@ -182,11 +185,12 @@ class Model:
             arrays = load(data)
         except (SafetensorError, KeyError) as error:  # KeyError: a type of number that numpy has not
             raise ModelError(
-                f"{path} is damaged or cut short: {_one_line(error)}. Fit again, or copy it again."
+                f"{show_path(path)} is damaged or cut short: {_one_line(error)}. Fit again, or copy it again."
             ) from error
         if content_digest(metadata["model"], arrays) != metadata.get("digest"):
             raise ModelError(
-                f"{path} is damaged: its content is not what was written. Fit again, or copy it again."
+                f"{show_path(path)} is damaged: its content is not what was written. "
+                "Fit again, or copy it again."
             )
         try:
             network = {name: arrays.pop(name) for name in sorted(arrays) if name.startswith(NETWORK)}
@@ -204,6 +208,17 @@ class Model:
             _refuse(path, f"its description cannot be read ({type(error).__name__}: {_one_line(error)})")
         _check_arrays(path, model, kind_arrays)
         return model
+
+
+def begins_as_model(path: Path) -> bool:
+    """Whether a file is there that says it is a model of ours; it may be damaged all the same."""
+    try:
+        with open_regular(path) as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(min(length, _LONGEST_HEADER))
+    except OSError:
+        return False  # nothing of ours; opening or writing will say what is wrong with it
+    return f'"encoding-type":"{ENCODING_TYPE}"'.encode() in header
 
 
 def _require_probabilities(given: NDArray[Any], *, shape: tuple[int, int]) -> None:
@@ -233,17 +248,19 @@ def _read_bytes(path: Path) -> bytes:
             start = file.read(10)
             if start.startswith(b"\x89HDF"):
                 raise ModelError(
-                    f"{path} is a feature store, not a model. Fit one on it: featcache fit {path} -o MODEL."
+                    f"{show_path(path)} is a feature store, not a model. Fit one on it: "
+                    f"featcache fit {show_path(path)} -o MODEL."
                 )
             if len(start) < 10 or start[8:9] != b"{":
                 raise ModelError(
-                    f"{path} is not a model file: a safetensors file is expected, and pickles are never "
-                    "opened. `featcache fit` writes one."
+                    f"{show_path(path)} is not a model file: a safetensors file is expected, and pickles are "
+                    "never opened. `featcache fit` writes one."
                 )
-            return start + file.read()
+            file.seek(0)  # rather than join two parts: it may hold a whole network
+            return file.read()
     except OSError as error:
         raise ModelError(
-            f"{path} cannot be opened: {error.strerror}. "
+            f"{show_path(path)} cannot be opened: {error.strerror}. "
             "A model file, as `featcache fit` writes one, is expected."
         ) from error
 
@@ -252,19 +269,26 @@ def _read_metadata(path: Path, data: bytes) -> dict[str, str]:
     """The file's metadata, from a header that is checked before anything else is looked at."""
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 + length:
-        raise ModelError(f"{path} is cut short at {len(data)} bytes. Fit again, or copy it again.")
+        raise ModelError(
+            f"{show_path(path)} is cut short at {len(data):,} bytes. Fit again, or copy it again."
+        )
     try:
         metadata: dict[str, str] = json.loads(data[8 : 8 + length]).get("__metadata__", {})
         kind = metadata.get("encoding-type")
         if kind != ENCODING_TYPE:
-            raise ModelError(f"{path} is a safetensors file, but not a featcache model ({kind!r}).")
+            raise ModelError(
+                f"{show_path(path)} is a safetensors file, but not a featcache model ({kind!r}). "
+                "`featcache fit` writes one."
+            )
         version = metadata["encoding-version"]
         if int(version) > ENCODING_VERSION:
-            raise ModelError(f"{path} was written by format {version}: upgrade featcache to read it.")
+            raise ModelError(
+                f"{show_path(path)} was written by format {show_text(version)}: upgrade featcache to read it."
+            )
         json.loads(metadata["model"])
     except _DESCRIPTION_ERRORS as error:
         raise ModelError(
-            f"{path} has a damaged header: {_one_line(error)}. Fit again, or copy it again."
+            f"{show_path(path)} has a damaged header: {_one_line(error)}. Fit again, or copy it again."
         ) from error
     return metadata
 
@@ -281,6 +305,8 @@ def _fields(about: Mapping[str, Any]) -> dict[str, Any]:
     classes = tuple(about["classes"])
     if len(classes) < 2 or len(set(classes)) < len(classes) or not all(isinstance(c, str) for c in classes):
         raise ValueError("classes are two or more different names")
+    if not about["head"].isprintable():
+        raise ValueError("the name of the head is not printable")
     return {
         "head_name": about["head"],
         "params": dict(about["params"]),
@@ -323,8 +349,8 @@ def _check_arrays(path: Path, model: Model, expected: Mapping[str, tuple[str, ..
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    return show_text(" ".join(str(error).split())[:200])
 
 
 def _refuse(path: Path, why: str) -> NoReturn:
-    raise ModelError(f"{path} cannot be used: {why}. Fit the model again.")
+    raise ModelError(f"{show_path(path)} cannot be used: {why}. Fit the model again.")

@@ -1,8 +1,10 @@
-"""Words for people: counts, and text of others on one line."""
+"""Words for people: counts, text of others on one line, and commands to paste."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import shlex
+from collections.abc import Iterable, Sequence
 
 
 def plural(count: int, one: str, many: str | None = None) -> str:
@@ -19,3 +21,18 @@ def name_some(names: Sequence[str], *, limit: int = 5) -> str:
     """`a, b, c, d, e and 12 more`: the first few names, each by `show_text`."""
     said = ", ".join(show_text(name) for name in names[:limit])
     return said if len(names) <= limit else f"{said} and {len(names) - limit:,} more"
+
+
+def shell_command(words: Iterable[str | os.PathLike[str]]) -> str:
+    """Words as a line that a shell takes apart into just these, whatever is in them; no path is an option."""
+    return " ".join(_shell_word(word) for word in words)
+
+
+def _shell_word(word: str | os.PathLike[str]) -> str:
+    text = os.fspath(word)
+    if not isinstance(word, str) and text.startswith("-"):
+        text = os.path.join(".", text)
+    if text.isprintable():
+        return shlex.quote(text)
+    plain = set(range(32, 127)) - set(b"'\\")
+    return "$'" + "".join(chr(b) if b in plain else f"\\x{b:02x}" for b in os.fsencode(text)) + "'"

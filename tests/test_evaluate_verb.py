@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -303,13 +304,41 @@ def test_the_csv_has_a_row_an_image(work: Work, tmp_path: Path) -> None:
 
 def test_a_csv_replaces_no_store_and_no_model(work: Work, tmp_path: Path) -> None:
     store, model = (shutil.copy(path, tmp_path) for path in (work.store, work.model))
-    for taken in (store, model):
+    other = shutil.copy(work.model, tmp_path / "other.model")
+    rows = tmp_path / "rows.csv"
+    rows.write_text("path,label\n" + "".join(f"test/{name}/00.png,{name}\n" for name in COLOURS))
+    for taken, data, kind in (
+        (store, store, DataError),
+        (model, store, DataError),
+        (work.store, work.photos, StoreError),
+        (other, store, ModelError),
+        (rows, rows, DataError),
+    ):
         before = Path(taken).read_bytes()
-        with pytest.raises(StoreError, match="would be replaced. Choose another --csv"):
-            evaluate_model(model, store, csv_file=taken)
+        with pytest.raises(kind, match="would be replaced. Choose another --csv"):
+            evaluate_model(model, data, csv_file=taken, backbone=TOY)
         assert Path(taken).read_bytes() == before
     with pytest.raises(DiskError, match="there is no folder"):
         evaluate_model(model, store, csv_file=tmp_path / "none" / "rows.csv")
+
+
+def test_the_scores_are_not_lost_with_a_csv_that_cannot_be_written(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise DiskError(f"writing {path} failed: No space left on device")
+
+    monkeypatch.setattr("featcache.commands.evaluate.write_atomically", full)
+    asked = ["evaluate", str(work.model), str(work.store), "--csv", str(tmp_path / "rows.csv")]
+    failed = CliRunner().invoke(main, asked)
+    assert failed.exit_code == 1
+    assert "No space left" in failed.stderr
+    assert f"accuracy            {work.fitted.metrics.accuracy:.4f}" in failed.stderr
+
+
+def test_a_store_has_no_root(work: Work) -> None:
+    with pytest.raises(DataError, match="is a store, which reads no images: leave --root away"):
+        ask(work, work.store, root=work.photos)
 
 
 def test_abstaining_is_counted_by_hand(work: Work) -> None:
@@ -351,6 +380,25 @@ def test_a_manifest_is_data_too(work: Work, tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("\n".join(["path,label,split", *lines]) + "\n")
     result = ask(work, tmp_path / "m.csv", root=work.photos)
     assert same_scores(result.metrics, work.fitted.metrics)
+
+
+def test_the_report_ends_with_a_command_that_runs(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = ["evaluate", str(work.model), str(work.photos), "--backbone", TOY, "-q", "--split", "all"]
+    said = CliRunner().invoke(main, asked)
+    command = said.stdout.splitlines()[-1]
+    again = [*asked[:5], "--split", "test"]
+    assert shlex.split(command) == ["featcache", *again]
+    assert CliRunner().invoke(main, shlex.split(command)[1:]).exit_code == 0
+    on_store = ask(work, work.store)
+    assert on_store.next is not None
+    ran = CliRunner().invoke(main, shlex.split(on_store.next.command)[1:])
+    assert (ran.exit_code, ran.stdout.splitlines()[-1].startswith("note: ")) == (0, True)
+    (table,) = tmp_path.iterdir()
+    assert len(table.read_text().splitlines()) == 25
+    assert on_store.to_json()["next"]["command"] == on_store.next.command
 
 
 def test_what_is_no_model_or_no_data_is_one_line(work: Work, tmp_path: Path) -> None:

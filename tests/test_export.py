@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import json
 import re
+import resource
+import shutil
+import threading
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
-import pyarrow.parquet as parquet
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import make_toy_store, toy_spec
-from gaussians import gaussian_features, write_store
+from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file
+from safetensors.torch import save
 from test_predict import TOY, paint
 from torch import nn
 from torchvision import models
 from torchvision.models import ResNet18_Weights
 
 import featcache.exporting
-from featcache.backbones import Backbone, load_backbone, make_backbone
+from featcache import disk
+from featcache.backbones import (
+    Backbone,
+    WeightsIdentity,
+    load_backbone,
+    make_backbone,
+    torchvision,
+)
+from featcache.backbones.backbone import without_module
 from featcache.backbones.nodes import make_extractor
 from featcache.backbones.tuned import network_tensors, tuned_identity
 from featcache.cli import main
@@ -35,17 +50,35 @@ from featcache.commands.export import export
 from featcache.commands.fit import fit
 from featcache.commands.predict import predict
 from featcache.engines import make_engine
-from featcache.errors import DataError, DiskError, ExportError, IncompleteStore, ModelError
+from featcache.engines.replicas import threads_of_torch_kept
+from featcache.errors import (
+    DataError,
+    DiskError,
+    ExportError,
+    ModelError,
+    StoreError,
+)
 from featcache.exporting import FORMATS, Opened, find_format
-from featcache.exporting.agreement import apart_from_predict, check, compare
+from featcache.exporting.agreement import Proof, apart_from_predict, check, compare
+from featcache.exporting.architecture import attribute, find_architecture, last_layers
+from featcache.exporting.card import Written, write_card
 from featcache.exporting.modules import SoftmaxHead
 from featcache.exporting.pictures import Pictures, gather_pictures
 from featcache.exporting.subject import Subject
 from featcache.model import Model
-from featcache.spec import FeatureSpec
+from featcache.spec import FeatureSpec, Preprocessing
 from featcache.store.reader import FeatureStore
 
 COLOURS = ("red", "green", "blue")
+SMALL = "squeezenet1_1"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small gain nothing from a second, and where others work beside, they wait for it."""
+    with threads_of_torch_kept():
+        torch.set_num_threads(1)
+        yield
 
 
 def photos_in(folder: Path, count: int) -> Path:
@@ -58,19 +91,59 @@ def photos_in(folder: Path, count: int) -> Path:
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with photos/, s.h5 of the toy backbone and m.model, of nearest means."""
     folder = tmp_path_factory.mktemp("toy")
-    embed(photos_in(folder, 30), folder / "s.h5", backbone=TOY)
-    fit(folder / "s.h5", folder / "m.model", head="ncm")
+    embed(photos_in(folder, 30), folder / "s.h5", backbone=TOY, decoder="exact")
+    fit(folder / "s.h5", folder / "m.model", head="ncm", curve=False)
     return folder
 
 
 @pytest.fixture(scope="module")
-def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same of a ResNet-18 with random weights."""
-    folder = tmp_path_factory.mktemp("resnet")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of a small network of torchvision's with random weights."""
+    folder = tmp_path_factory.mktemp("small")
     photos = photos_in(folder, 9)
-    embed(photos, folder / "s.h5", backbone="resnet18", weights="random", decoder="exact")
-    fit(folder / "s.h5", folder / "m.model", head="ncm")
+    embed(photos, folder / "s.h5", backbone=SMALL, weights="random", decoder="exact")
+    fit(folder / "s.h5", folder / "m.model", head="ncm", curve=False)
     return folder
+
+
+@pytest.fixture(scope="module")
+def fitted(toy: Path) -> Callable[[str], Path]:
+    """A model file of this head on the store of `toy`, fitted once."""
+
+    @cache
+    def fit_once(head: str) -> Path:
+        path = toy / f"{head.removeprefix('sklearn:')}.model"
+        fit(toy / "s.h5", path, head=head, params=QUICK.get(head, {}), curve=False)
+        return path
+
+    return fit_once
+
+
+def linear_model(backbone: Backbone, vectors: np.ndarray) -> Model:
+    """Three classes on the penultimate features of a network with random weights, told apart at random."""
+    nodes = make_extractor(backbone).nodes
+    rng = np.random.default_rng(1)
+    weight = rng.normal(size=(3, vectors.shape[1])) / vectors.std() / np.sqrt(vectors.shape[1])
+    return Model(
+        head_name="logistic",
+        params={},
+        arrays={"coef": weight, "intercept": -weight @ vectors.mean(0)},
+        rest={},
+        classes=COLOURS,
+        spec=FeatureSpec(
+            backbone=backbone.name,
+            weights_sha256=backbone.weights.sha256,
+            nodes=nodes,
+            preprocessing=backbone.preprocessing,
+        ),
+        nodes=nodes,
+        provenance={
+            "weights": asdict(backbone.weights),
+            "request": {"backbone": backbone.name, "weights": "random"},
+        },
+        metrics={},
+        chosen={},
+    )
 
 
 def ask(model: Path, image: Path, **options: Any) -> dict[str, float]:
@@ -95,11 +168,19 @@ def follow(card: str, folder: Path, image: Path, monkeypatch: pytest.MonkeyPatch
 
 HEADS = ("logistic", "ridge", "lda", "knn", "ncm", "linear", "mlp")
 GRAPHS = [(to, head) for to in ("onnx", "torch") for head in HEADS]
-ESTIMATORS = ("RandomForestClassifier", "GaussianNB")
-QUICK = {
+ESTIMATORS = (
+    "RandomForestClassifier",
+    "ExtraTreesClassifier",
+    "GradientBoostingClassifier",
+    "DecisionTreeClassifier",
+    "GaussianNB",
+)
+QUICK: Mapping[str, Mapping[str, Any]] = {
     "linear": {"epochs": 3},
     "mlp": {"epochs": 3},
     "sklearn:RandomForestClassifier": {"n_estimators": 10},
+    "sklearn:ExtraTreesClassifier": {"n_estimators": 10},
+    "sklearn:GradientBoostingClassifier": {"n_estimators": 5},
 }
 
 
@@ -107,61 +188,131 @@ QUICK = {
     ("to", "head"), [*GRAPHS, *(("onnx", f"sklearn:{estimator}") for estimator in ESTIMATORS)]
 )
 def test_a_graph_answers_as_predict_does_by_the_code_of_its_card(
-    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, head: str
+    fitted: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, head: str
 ) -> None:
-    fit(toy / "s.h5", tmp_path / "h.model", head=head, params=QUICK.get(head, {}))
-    result = export(tmp_path / "h.model", to=to, backbone=TOY)
+    model = fitted(head)
+    result = export(model, tmp_path / f"h{FORMATS[to].suffixes[0]}", to=to, backbone=TOY)
     assert result.agreement is not None
     assert result.agreement.on == "30 of the 30 images it was made from"
     new = paint(tmp_path / "new.png", channel=1, seed=77)
-    expected = ask(tmp_path / "h.model", new, backbone=TOY)
+    expected = ask(model, new, backbone=TOY)
     answer = follow(str(result.card), tmp_path, new, monkeypatch)
     assert answer == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("to", ["torchvision", "onnx", "torch", "safetensors"])
-def test_a_network_of_torchvision_answers_as_predict_does(
-    resnet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
-) -> None:
-    path = tmp_path / f"new name{FORMATS[to].suffixes[0]}"
-    result = export(resnet / "m.model", path, to=to, images=[resnet / "photos" / "red"])
-    assert result.agreement is not None
-    assert (result.agreement.on, result.agreement.same) == ("3 of the 3 images given", 3)
-    new = paint(tmp_path / "new.png", channel=2, seed=78)
-    answer = follow(str(result.card), tmp_path, new, monkeypatch)
-    assert answer == pytest.approx(ask(resnet / "m.model", new), abs=1e-4)
-
-
-def test_the_state_dict_is_the_textbook_network_with_the_head_as_its_last_layer(
-    resnet: Path, tmp_path: Path
-) -> None:
-    export(resnet / "m.model", tmp_path / "m.safetensors", to="torchvision")
+def test_the_state_dict_is_the_textbook_network_with_the_head_as_its_last_layer(tmp_path: Path) -> None:
+    backbone = load_backbone("resnet18", weights="random")
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), dtype=np.uint8)
+    model = linear_model(backbone, make_engine(backbone, device="cpu").embed(pixels)["penultimate"])
+    subject = Subject(where="m.model", model=model, backbone=backbone)
+    (tmp_path / "m.safetensors").write_bytes(find_format("torchvision").load().encode(subject))
     tensors = load_file(tmp_path / "m.safetensors")
-    model = Model.load(resnet / "m.model")
-    original = load_backbone("resnet18", weights="random").module.state_dict()
+    original = backbone.module.state_dict()
     assert set(tensors) == {*original, "fc.weight", "fc.bias"}
     assert all(np.array_equal(tensors[name], tensor.numpy()) for name, tensor in original.items())
     network = models.resnet18(weights=None)
     network.fc = nn.Linear(512, 3)
     network.load_state_dict({name: torch.from_numpy(array) for name, array in tensors.items()})
-    pixels = ResNet18_Weights.DEFAULT.transforms()(torch.full((3, 256, 256), 90, dtype=torch.uint8))[None]
+    seen = ResNet18_Weights.DEFAULT.transforms()(torch.full((3, 256, 256), 90, dtype=torch.uint8))[None]
     with torch.inference_mode():
-        features = load_backbone("resnet18", weights="random").module(pixels).numpy()
-        found = network.eval()(pixels).softmax(1).numpy()
+        features = backbone.module(seen).numpy()
+        found = network.eval()(seen).softmax(1).numpy()
     np.testing.assert_allclose(found, model.predict_proba(features), atol=1e-5)
 
 
-def test_a_fine_tuned_network_is_exported_with_its_own_weights(resnet: Path, tmp_path: Path) -> None:
-    backbone, model = load_backbone("resnet18", weights="random"), Model.load(resnet / "m.model")
+@pytest.fixture(scope="module")
+def tuned(small: Path) -> Path:
+    """`m.model` with one layer changed, as `finetune` records a network of its own."""
+    backbone, model = load_backbone(SMALL, weights="random"), Model.load(small / "m.model")
     with torch.no_grad():
-        backbone.module.get_parameter("layer1.0.conv1.weight").mul_(1.5)
-    spec = replace(model.spec, weights_sha256=tuned_identity(backbone, label="tuned").sha256)
-    replace(model, spec=spec, network=network_tensors(backbone.module)).save(tmp_path / "m.model")
-    result = export(tmp_path / "m.model", to="torchvision", images=[resnet / "photos" / "red"])
-    tensors = load_file(result.path)
-    expected = backbone.module.get_parameter("layer1.0.conv1.weight").numpy()
-    np.testing.assert_array_equal(tensors["layer1.0.conv1.weight"], expected)
-    assert "fine-tuned, starting from random" in Path(str(result.card)).read_text()
+        backbone.module.get_parameter("features.0.weight").mul_(1.5)
+    identity = tuned_identity(backbone, label="fine-tuned from m.model")
+    began = {"from": "m.model", "weights": dict(model.weights)}
+    replace(
+        model,
+        spec=replace(model.spec, weights_sha256=identity.sha256),
+        network=network_tensors(backbone.module),
+        provenance={**model.provenance, "weights": asdict(identity), "tuned": began},
+    ).save(small / "m2.model")
+    return small / "m2.model"
+
+
+@pytest.mark.parametrize("to", ["torchvision", "onnx", "torch", "safetensors"])
+def test_a_fine_tuned_network_is_exported_with_its_own_weights(
+    tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    photos = tuned.parent / "photos" / "red"
+    result = export(tuned, tmp_path / f"new name{FORMATS[to].suffixes[0]}", to=to, images=[photos])
+    assert result.agreement is not None
+    assert (result.agreement.on, result.agreement.same) == ("3 of the 3 images given", 3)
+    card = Path(str(result.card)).read_text()
+    assert "fine-tuned, starting from random, seed 0" in card
+    assert "licence of the weights: none: they were drawn at random" in card
+    new = paint(tmp_path / "new.png", channel=2, seed=81)
+    answer = follow(str(result.card), tmp_path, new, monkeypatch)
+    assert answer == pytest.approx(ask(tuned, new), abs=1e-4)
+    assert answer != pytest.approx(ask(tuned.parent / "m.model", new), abs=1e-4)
+
+
+def test_the_features_of_a_fine_tuned_network_are_had_by_way_of_its_state_dict(
+    tuned: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ExportError, match=r"--to torchvision .* --backbone squeezenet\w+ --weights .*m2.safe"
+    ):
+        export(tuned, tmp_path / "x.npz", to="features")
+    export(tuned, tmp_path / "m2.safetensors", to="torchvision", images=[tuned.parent / "photos" / "red"])
+    weights = str(tmp_path / "m2.safetensors")
+    embed(tuned.parent / "photos", tmp_path / "s.h5", backbone=SMALL, weights=weights, decoder="exact")
+    export(tmp_path / "s.h5", tmp_path / "x.npz", to="features")
+    with np.load(tmp_path / "x.npz", allow_pickle=False) as found:
+        text, X, names = str(found["spec"]), found["X:penultimate"], found["ids"].tolist()
+    model = Model.load(tuned)
+    assert FeatureSpec.from_json(text) == model.spec
+    images = [tuned.parent / "photos" / name for name in names]
+    expected = [answer.probability for answer in predict(tuned, images).predictions]
+    np.testing.assert_allclose(model.predict_proba(X).max(1), expected, atol=1e-5)
+
+
+def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    """Shapes and no numbers, so that the largest network takes no memory."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except NotImplementedError:  # RegNet computes its widths by tensors
+        return build().to("meta")
+
+
+@pytest.mark.parametrize("row", torchvision.ROWS, ids=lambda row: next(iter(row.num_features)))
+def test_the_code_for_every_family_makes_the_network_with_a_new_last_layer(row: torchvision.Row) -> None:
+    name, width = next(iter(row.num_features.items()))
+    whole = on_meta(lambda: torchvision.build(name, image_size=224))
+    headless = without_module(on_meta(lambda: torchvision.build(name, image_size=224)), row.classifier)
+    backbone = Backbone(
+        name=name,
+        module=headless,
+        preprocessing=Preprocessing(resize_size=256, crop_size=224),
+        weights=WeightsIdentity(source="random", label="seed 0", sha256="0" * 64),
+        classifier=row.classifier,
+    )
+    architecture = find_architecture(backbone)
+    assert architecture is not None
+    layers = last_layers(whole, row.classifier, num_features=width, num_classes=3)
+    lines = [f"model{attribute(layer.path)} = {layer.code}" for layer in layers]
+    code = [architecture.imports, "from torch import nn", f"model = {architecture.call}", *lines]
+
+    def follow_code() -> nn.Module:
+        found: dict[str, Any] = {}
+        exec("\n".join(code), found)
+        network: nn.Module = found["model"]
+        return network.eval()
+
+    network = on_meta(follow_code)
+    assert network(torch.zeros(2, 3, 224, 224, device="meta")).shape == (2, 3)
+    tensors = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
+    last = {f"{row.classifier}.weight", f"{row.classifier}.bias"}
+    assert tensors.keys() - last == headless.state_dict().keys()
+    assert tensors[f"{row.classifier}.weight"][:2] == (3, width)
 
 
 # One of each kind of last layer: by index, a convolution before the pooling, one that asks for its version.
@@ -173,26 +324,7 @@ def test_every_kind_of_last_layer_is_replaced(
     backbone = load_backbone(name, weights="random")
     pixels = np.random.default_rng(0).integers(0, 256, (3, 224, 224, 3), dtype=np.uint8)
     vectors = make_engine(backbone, device="cpu").embed(pixels)["penultimate"]
-    nodes = make_extractor(backbone).nodes
-    rng = np.random.default_rng(1)
-    weight = rng.normal(size=(3, vectors.shape[1])) / vectors.std() / np.sqrt(vectors.shape[1])
-    model = Model(
-        head_name="logistic",
-        params={},
-        arrays={"coef": weight, "intercept": -weight @ vectors.mean(0)},
-        rest={},
-        classes=COLOURS,
-        spec=FeatureSpec(
-            backbone=name,
-            weights_sha256=backbone.weights.sha256,
-            nodes=nodes,
-            preprocessing=backbone.preprocessing,
-        ),
-        nodes=nodes,
-        provenance={"weights": asdict(backbone.weights), "request": {"backbone": name, "weights": "random"}},
-        metrics={},
-        chosen={},
-    )
+    model = linear_model(backbone, vectors)
     expected = model.predict_proba(vectors)
     assert np.ptp(expected, axis=0).max() > 0.01  # pictures it does tell apart
     subject, module = Subject(where="m.model", model=model, backbone=backbone), find_format(to).load()
@@ -247,7 +379,7 @@ def test_no_file_holds_a_pickle(toy: Path, tmp_path: Path) -> None:
 
 
 def test_a_safetensors_file_describes_a_head_of_any_kind(toy: Path, tmp_path: Path) -> None:
-    fit(toy / "s.h5", tmp_path / "h.model", head="knn", params={"k": 3})
+    fit(toy / "s.h5", tmp_path / "h.model", head="knn", params={"k": 3}, curve=False)
     result = export(tmp_path / "h.model", to="safetensors", backbone=TOY)
     with safe_open(tmp_path / "h.safetensors", framework="np") as file:
         head = json.loads(file.metadata()["head"])
@@ -259,28 +391,28 @@ def test_a_safetensors_file_describes_a_head_of_any_kind(toy: Path, tmp_path: Pa
     assert "safe_open" in Path(str(result.card)).read_text()
 
 
-def test_several_nodes_are_in_the_graph(resnet: Path, tmp_path: Path) -> None:
+def test_several_nodes_are_in_the_graph(small: Path, tmp_path: Path) -> None:
     embed(
-        resnet / "photos",
+        small / "photos",
         tmp_path / "s.h5",
-        backbone="resnet18",
+        backbone=SMALL,
         weights="random",
-        nodes=("layer1", "layer2:max"),
+        nodes=("features.5", "features.8:max"),
     )
-    features = FeatureStore.open(tmp_path / "s.h5").features(["layer1:avg", "layer2:max"])
-    one = Model.load(resnet / "m.model")
+    features = FeatureStore.open(tmp_path / "s.h5").features(["features.5:avg", "features.8:max"])
+    one = Model.load(small / "m.model")
     rng = np.random.default_rng(0)
-    weight = rng.normal(size=(3, features.X.shape[1])) / 10
+    weight = rng.normal(size=(3, features.X.shape[1])) / features.X.std() / 30
     arrays = {"coef": weight, "intercept": -weight @ features.X.mean(0)}
     provenance = FeatureStore.open(tmp_path / "s.h5").provenance
     several = replace(one, arrays=arrays, spec=features.spec, nodes=features.nodes, provenance=provenance)
     several.save(tmp_path / "m.model")
     for to in ("onnx", "safetensors"):
-        result = export(tmp_path / "m.model", to=to, images=[resnet / "photos" / "blue"])
+        result = export(tmp_path / "m.model", to=to, images=[small / "photos" / "blue"])
         assert result.agreement is not None
         assert result.agreement.same == 3
     with pytest.raises(
-        ExportError, match=r"is fitted on layer1:avg, layer2:max.*--to onnx, torch or safetens"
+        ExportError, match=r"is fitted on features.5:avg, features.8:max.*--to onnx, torch or safetens"
     ):
         export(tmp_path / "m.model", to="torchvision")
 
@@ -463,14 +595,74 @@ def test_the_card_says_what_a_person_must_know(toy: Path, tmp_path: Path) -> Non
         assert words in card
     assert result.agreement is not None
     assert result.agreement.describe() in card
+    assert f"has the sha256 {hashlib.sha256((tmp_path / 'm.onnx').read_bytes()).hexdigest()}." in card
+
+
+def card_of(model: Model) -> str:
+    subject = Subject(where="m.model", model=model, backbone=load_backbone(TOY))
+    proof = Proof(agreement=compare(np.ones((1, 2)), np.ones((1, 2)), on="one"))
+    return write_card(subject, FORMATS["onnx"], Written(name="m", sha256="0" * 64, recipe="pass"), proof)
+
+
+def test_the_card_names_a_hundred_classes_and_says_how_many_more(toy: Path) -> None:
+    names = [f"class{i:03d}" for i in range(102)]
+    card = card_of(replace(Model.load(toy / "m.model"), classes=tuple(names)))
+    assert f"of the probabilities: {', '.join(names[:100])} and 2 more\n" in card
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        ("IMAGENET1K_V1", "torchvision names the data and the recipe"),
+        ("IMAGENET1K_SWAG_E2E_V1", "https://github.com/facebookresearch/SWAG/blob/main/LICENSE"),
+    ],
+)
+def test_the_card_has_the_licence_that_torchvision_names(toy: Path, label: str, words: str) -> None:
+    model = Model.load(toy / "m.model")
+    weights = {"source": "torchvision", "label": label}
+    named = replace(
+        model,
+        spec=replace(model.spec, backbone="vit_b_16"),
+        provenance={**model.provenance, "weights": weights},
+    )
+    assert f"licence of the weights: {words}" in card_of(named)
+
+
+def test_a_model_tuned_twice_says_that_its_licence_is_not_named(tuned: Path) -> None:
+    model = Model.load(tuned)
+    began = {"weights": {"source": "tuned", "label": "fine-tuned from m.model"}}
+    card = card_of(replace(model, provenance={**model.provenance, "tuned": began}))
+    assert "that of the weights the first fine-tuning began with, which this model does not name" in card
+
+
+def test_the_code_of_a_card_sees_what_is_transparent_as_predict_does(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = export(toy / "m.model", tmp_path / "m.onnx", to="onnx", backbone=TOY)
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 24, 4), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "new.png")
+    answer = follow(str(result.card), tmp_path, tmp_path / "new.png", monkeypatch)
+    assert answer == pytest.approx(ask(toy / "m.model", tmp_path / "new.png", backbone=TOY), abs=1e-4)
+
+
+@pytest.mark.parametrize("to", ["torchvision", "onnx", "torch", "safetensors"])
+@pytest.mark.parametrize("stem", ['a "name"', "two\nlines", "it's \\", "caf\u00e9 \U0001f34e", "bad\udcff"])
+def test_the_code_of_a_card_opens_a_file_of_any_name(small: Path, to: str, stem: str) -> None:
+    model = Model.load(small / "m.model")
+    subject = Subject(where="m.model", model=model, backbone=load_backbone(SMALL, weights="random"))
+    code = find_format(to).load().recipe(subject, stem)
+    texts = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert stem in texts
 
 
 # What is refused
 
 
 def refused(source: Path, output: Path | None = None, **options: Any) -> str:
+    if options["to"] != "features":
+        options = {"backbone": TOY, **options}
     with pytest.raises(ExportError) as raised:
-        export(source, output, **{"backbone": TOY, **options})
+        export(source, output, **options)
     assert "\n" not in str(raised.value)
     return str(raised.value)
 
@@ -489,16 +681,68 @@ def test_a_file_does_not_replace_what_it_is_made_from(toy: Path, tmp_path: Path)
     Model.load(source)
 
 
-def test_heads_that_a_format_cannot_hold(resnet: Path, toy: Path, tmp_path: Path) -> None:
-    fit(resnet / "s.h5", tmp_path / "knn.model", head="knn")
+def test_a_file_replaces_no_model_no_store_and_no_weights(toy: Path, small: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.safetensors"
+    shutil.copy(toy / "m.model", other)
+    before = other.read_bytes()
+    with pytest.raises(
+        ModelError, match=r"other\.safetensors is a model of featcache's, which would be repl"
+    ):
+        export(toy / "m.model", other, to="safetensors", backbone=TOY)
+    assert other.read_bytes() == before
+    store = shutil.copy(toy / "s.h5", tmp_path / "store.npz")
+    with pytest.raises(StoreError, match=r"store\.npz is a feature store, which would be replaced"):
+        export(toy / "s.h5", store, to="features")
+    network = load_backbone(SMALL, weights="random").module.state_dict()
+    weights = tmp_path / "network.safetensors"
+    weights.write_bytes(save({name: tensor.contiguous() for name, tensor in network.items()}))
+    with pytest.raises(DataError, match=r"is the weights file of its network, which would be replaced"):
+        export(small / "m.model", weights, to="torchvision", weights=str(weights))
+    # What was exported before is replaced.
+    for _ in range(2):
+        export(toy / "m.model", tmp_path / "again.safetensors", to="safetensors", backbone=TOY)
+
+
+def test_options_of_models_are_not_for_features(toy: Path, tmp_path: Path) -> None:
+    said = refused(toy / "s.h5", tmp_path / "x.npz", to="features", images=[toy / "photos"])
+    assert "leave --images, --weights and --backbone away" in said
+
+
+def test_what_has_no_name_is_no_model() -> None:
+    assert "name a model, or a store" in refused(Path("."), to="onnx")
+
+
+def test_a_tensor_that_a_network_uses_twice_is_written_twice(toy: Path, tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Conv2d(3, 3, 1)
+            self.two = nn.Conv2d(3, 3, 1)
+            self.two.weight = self.one.weight
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.two(self.one(images)).mean((2, 3))
+
+    backbone = make_backbone(Tied(), preprocessing=load_backbone(TOY).preprocessing)
+    subject = Subject(where="m.model", model=Model.load(toy / "m.model"), backbone=backbone)
+    module = find_format("safetensors").load()
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(module.encode(subject))
+    check(subject, module.load(path, subject), pictures_of(3), rounds=False)
+    tensors = load_file(path)
+    np.testing.assert_array_equal(tensors["network.one.weight"], tensors["network.two.weight"])
+
+
+def test_heads_that_a_format_cannot_hold(small: Path, fitted: Callable[[str], Path], tmp_path: Path) -> None:
+    fit(small / "s.h5", tmp_path / "knn.model", head="knn", params={"k": 1, "temperature": 1}, curve=False)
     assert "has a knn head, which a state dict cannot hold" in refused(
         tmp_path / "knn.model", to="torchvision"
     )
-    fit(toy / "s.h5", tmp_path / "nb.model", head="sklearn:GaussianNB")
-    assert "export it --to onnx" in refused(tmp_path / "nb.model", to="torch")
-    assert "is not made of tensors" in refused(tmp_path / "nb.model", to="safetensors")
-    fit(toy / "s.h5", tmp_path / "svc.model", head="sklearn:LinearSVC")
-    assert "gives no probabilities" in refused(tmp_path / "svc.model", to="onnx")
+    naive, machine = fitted("sklearn:GaussianNB"), fitted("sklearn:LinearSVC")
+    assert "export it --to onnx" in refused(naive, tmp_path / "m.pt2", to="torch")
+    assert "is not made of tensors" in refused(naive, tmp_path / "m.safetensors", to="safetensors")
+    assert "gives no probabilities" in refused(machine, tmp_path / "m.onnx", to="onnx")
+    assert {path.name for path in tmp_path.iterdir()} == {"knn.model", "knn.model.json"}
 
 
 def test_a_network_of_the_users_own_is_no_state_dict_of_torchvision(toy: Path) -> None:
@@ -535,108 +779,83 @@ def test_a_library_that_is_not_there_is_named(
 
 
 def test_a_folder_that_is_not_there_is_one_line(toy: Path, tmp_path: Path) -> None:
-    with pytest.raises(DiskError, match="make the folder"):
+    with pytest.raises(DiskError, match="Make the folder"):
         export(toy / "m.model", tmp_path / "none" / "m.onnx", to="onnx", backbone=TOY)
 
 
-# Features
+# What happens on the way
 
 
-def npz_columns(path: Path) -> dict[str, Any]:
-    with np.load(path, allow_pickle=False) as found:
-        return dict(found)
-
-
-def parquet_columns(path: Path) -> dict[str, Any]:
-    """The columns of a Parquet file as those of a .npz are."""
-    table = parquet.read_table(path)
-    classes = json.loads(table.schema.metadata[b"classes"])
-    assert [classes[code] if code >= 0 else None for code in table["y"].to_pylist()] == table[
-        "label"
-    ].to_pylist()
-    small = {
-        "y": np.array(table["y"]),
-        "ids": np.array(table["id"].to_pylist()),
-        "classes": np.array(classes),
-        "splits": np.array([split or "" for split in table["split"].to_pylist()]),
-        "sha256": np.array([list(digest) for digest in table["sha256"].to_pylist()], dtype=np.uint8),
-        "spec": np.array(table.schema.metadata[b"spec"].decode()),
-    }
-    vectors = {
-        name: np.array(table[name].to_pylist(), dtype=np.float32)
-        for name in table.column_names
-        if ":" in name
-    }
-    return {**small, **vectors}
-
-
-READERS: Sequence[tuple[str, Callable[[Path], dict[str, Any]]]] = (
-    (".npz", npz_columns),
-    (".parquet", parquet_columns),
-)
-
-
-@pytest.mark.parametrize(("suffix", "read"), READERS)
-def test_features_are_those_of_the_store(
-    tmp_path: Path, suffix: str, read: Callable[[Path], dict[str, Any]]
+def test_an_interruption_leaves_what_was_there(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    features = gaussian_features({"train": 30, "test": 12, "": 3})
-    features.y[4] = 1
-    result = export(write_store(tmp_path / "s.h5", features), tmp_path / f"x{suffix}", to="features")
-    assert result.rows == 45
-    found = read(tmp_path / f"x{suffix}")
-    assert set(found) == {"X:penultimate", "y", "ids", "classes", "splits", "sha256", "spec"}
-    np.testing.assert_array_equal(found["X:penultimate"], features.X)
-    np.testing.assert_array_equal(found["y"], features.y)
-    np.testing.assert_array_equal(found["sha256"], features.sha256)
-    assert found["ids"].tolist() == list(features.ids)
-    assert found["classes"].tolist() == list(features.classes)
-    assert found["splits"].tolist() == features.splits.tolist()
-    assert FeatureSpec.from_json(str(found["spec"])) == features.spec
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "m.onnx").write_bytes(b"as it was")
+    for step in ("gather_pictures", "prove", "write_card"):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"featcache.commands.export.{step}", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                export(toy / "m.model", tmp_path / "m.onnx", to="onnx", backbone=TOY)
+        assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
+    assert (tmp_path / "m.onnx").read_bytes() == b"as it was"
 
 
-@pytest.mark.parametrize(("suffix", "read"), READERS)
-def test_rows_that_failed_are_left_out_and_views_are_columns(
-    toy: Path,
-    tmp_path: Path,
-    suffix: str,
-    read: Callable[[Path], dict[str, Any]],
-    monkeypatch: pytest.MonkeyPatch,
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file may grow beyond a hundred bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(toy: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.safetensors").write_bytes(b"as it was")
+    with (
+        full_disk(),
+        pytest.raises(DiskError, match=r"writing \S+ failed: File too large\. .*another --output"),
+    ):
+        export(toy / "m.model", tmp_path / "m.safetensors", to="safetensors", backbone=TOY)
+    assert [file.name for file in tmp_path.iterdir()] == ["m.safetensors"]
+    assert (tmp_path / "m.safetensors").read_bytes() == b"as it was"
+
+
+def test_of_two_exports_to_one_file_one_is_there_with_its_own_card(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("featcache.exporting.features._BLOCK_VALUES", 30)  # blocks of 5 rows
-    photos = photos_in(tmp_path, 14)
-    (photos / "red" / "03.png").write_bytes(b"no picture")
-    embed(photos, tmp_path / "s.h5", backbone=TOY, views=2, max_failures=1.0)
-    assert export(tmp_path / "s.h5", tmp_path / f"x{suffix}", to="features").rows == 13
-    found = read(tmp_path / f"x{suffix}")
-    store = FeatureStore.open(tmp_path / "s.h5")
-    for view, column in enumerate(("X:penultimate", "X:penultimate@1")):
-        expected = store.features(view=view)
-        assert found["ids"].tolist() == list(expected.ids)
-        np.testing.assert_array_equal(found[column], expected.X)
+    path, card, rename = tmp_path / "m.safetensors", tmp_path / "m.safetensors.md", disk.replace_durably
+    first_has_its_file, first_goes_on = threading.Event(), threading.Event()
+
+    def the_first_dawdles(source: Path, target: Path) -> None:
+        if target == card and not first_has_its_file.is_set():
+            first_has_its_file.set()
+            first_goes_on.wait(0.5)  # as long as the other one needs without waiting for its turn
+        rename(source, target)
+
+    monkeypatch.setattr(disk, "replace_durably", the_first_dawdles)
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(export, toy / "m.model", path, to="safetensors", backbone=TOY)
+        assert first_has_its_file.wait(30)
+        second = threads.submit(export, toy / "m.model", path, to="safetensors", backbone=TOY, images=[toy])
+        second.add_done_callback(lambda _: first_goes_on.set())
+        first.result()
+        second.result()
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, card.name}
+    assert hashlib.sha256(path.read_bytes()).hexdigest() in card.read_text()
+    assert "of the 30 images given" in card.read_text()
 
 
-@pytest.mark.parametrize(("suffix", "name"), [(".npz", "_differing_npz"), (".parquet", "_differing_parquet")])
-def test_features_that_are_read_back_otherwise_are_not_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, name: str
+def test_a_graph_that_the_runtime_refuses_is_one_line(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = write_store(tmp_path / "s.h5", gaussian_features())
-    path = tmp_path / f"x{suffix}"
-    true, calls = featcache.exporting.features.Table.vectors, []
-
-    def once_otherwise(self: Any, column: str, rows: slice = slice(None)) -> Any:
-        calls.append(column)
-        return true(self, column, rows) + (len(calls) == 1)
-
-    monkeypatch.setattr("featcache.exporting.features.Table.vectors", once_otherwise)
-    with pytest.raises(ExportError, match="X:penultimate read from it are not the store's"):
-        export(store, path, to="features")
-    assert [file.name for file in tmp_path.iterdir()] == ["s.h5"]
-
-
-def test_a_store_in_progress_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(IncompleteStore, match="rows are pending"):
-        export(make_toy_store(tmp_path / "s.h5", n=10, fill=False, spec=toy_spec()), to="features")
+    monkeypatch.setattr("featcache.exporting.onnx.encode", lambda subject: b"no graph")
+    said = refused(toy / "m.model", tmp_path / "m.onnx", to="onnx")
+    assert said.startswith(f"ONNX Runtime {onnxruntime.__version__} cannot run ")
+    assert not list(tmp_path.iterdir())
 
 
 # The command line

@@ -24,7 +24,7 @@ from featcache.commands.info import info
 from featcache.errors import DiskError, ModelError
 from featcache.fitting import fit_features
 from featcache.heads import HEADS
-from featcache.model import Model, content_digest
+from featcache.model import Model, begins_as_model, content_digest
 
 NAMES = [
     *(name for name in HEADS if name != "sklearn"),
@@ -149,6 +149,26 @@ def test_a_large_file_of_another_kind_is_not_read(tmp_path: Path) -> None:
     assert "feature store" in refusal(path)
 
 
+def test_a_model_is_known_by_its_first_bytes(saved: Path, tmp_path: Path) -> None:
+    assert begins_as_model(saved)
+    cut = tmp_path / "cut.model"
+    cut.write_bytes(saved.read_bytes()[:-10])
+    assert begins_as_model(cut)
+    save_file({"a": np.zeros(3)}, tmp_path / "other", {"note": "featcache-model"})
+    (tmp_path / "empty").touch()
+    assert not any(begins_as_model(tmp_path / name) for name in ("other", "empty", "none", "."))
+
+
+def test_a_message_is_one_line_whatever_the_name_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "new\nline"
+    for content in (b"", b"no model at all", b"\x89HDF\r\n\x1a\n0000", struct.pack("<Q", 9) + b"{1"):
+        path.write_bytes(content)
+        with pytest.raises(ModelError) as refused:
+            Model.load(path)
+        assert r"new\nline" in str(refused.value)
+        assert str(refused.value).isprintable()
+
+
 def test_a_model_file_cut_anywhere_is_refused(saved: Path) -> None:
     data = saved.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
@@ -170,6 +190,7 @@ def put(**values: Any) -> Callable[[dict[str, Any]], object]:
     [
         (put(fingerprint="0" * 64), "fingerprint is not that of the spec"),
         (lambda about: about["spec"].update(weights_sha256="1" * 64), "fingerprint is not that of the spec"),
+        (put(head="sklearn:\x1b[31m"), "name of the head is not printable"),
         (put(head="logistik"), "no head 'logistik'. Did you mean logistic"),
         (put(classes=["a", "b"]), "coef has shape (3, 5), but 2 classes of 5 features need (2, 5)"),
         (put(classes=["a", "b", "b"]), "different names"),

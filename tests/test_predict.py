@@ -47,6 +47,7 @@ from featcache.spec import Picture
 from featcache.store.reader import FeatureStore
 
 TOY = "channel_mean:channel_mean"
+SMALL = "shufflenet_v2_x0_5"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,10 +174,10 @@ def test_csv_has_a_line_an_image(work: Work, mixed: list[Path], tmp_path: Path) 
     odd = paint(tmp_path / 'a, "b".png', channel=0, seed=1)
     result = ask(work, *mixed, odd)
     rows = list(csv.DictReader(io.StringIO(result.to_csv())))
-    assert list(rows[0]) == ["path", "label", "probability", "error"]
+    assert list(rows[0]) == ["path", "label", "guess", "probability", "error"]
     assert [row["path"] for row in rows] == [str(path) for path in [*mixed, odd]]
     for row, answer in zip(rows, result.predictions, strict=True):
-        assert row["label"] == (answer.label or "")
+        assert row["label"] == row["guess"] == (answer.label or "")
         assert row["error"] == (answer.error or "")
         assert row["probability"] == ("" if answer.error else f"{answer.probability:.6f}")
 
@@ -242,10 +243,10 @@ def test_the_code_of_a_backbone_that_changed_is_another_backbone(
 
 @pytest.fixture(scope="module")
 def resnet(work: Work, tmp_path_factory: pytest.TempPathFactory) -> Work:
-    """A model on features of a ResNet-18 with weights from a file, and a file of the same tensors."""
+    """A model on features of a small network with weights from a file, and a file of other tensors."""
     folder = tmp_path_factory.mktemp("resnet")
     for seed in (0, 1):
-        network = load_backbone("resnet18", weights="random", seed=seed).module
+        network = load_backbone(SMALL, weights="random", seed=seed).module
         save_file(
             {k: v.contiguous() for k, v in network.state_dict().items()}, folder / f"{seed}.safetensors"
         )
@@ -255,8 +256,8 @@ def resnet(work: Work, tmp_path_factory: pytest.TempPathFactory) -> Work:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(image.read_bytes())
     made = Work(photos=few, store=folder / "s.h5", model=folder / "s.model")
-    embed(few, made.store, backbone="resnet18", weights=str(folder / "0.safetensors"))
-    fit(made.store, made.model, head="ncm")
+    embed(few, made.store, backbone=SMALL, weights=str(folder / "0.safetensors"))
+    fit(made.store, made.model, head="ncm", curve=False)
     return made
 
 
@@ -268,7 +269,9 @@ def test_the_weights_file_of_the_store_is_found_again(resnet: Work) -> None:
 
 
 def test_other_weights_are_refused_with_what_to_do(resnet: Work) -> None:
-    with pytest.raises(BackboneError, match=r"was fitted on features of resnet18.*--weights FILE, or embed"):
+    with pytest.raises(
+        BackboneError, match=r"was fitted on features of shufflenet.*--weights FILE, or embed"
+    ):
         predict(resnet.model, resnet.images, weights=str(resnet.photos.parent / "1.safetensors"))
 
 
@@ -376,6 +379,22 @@ def test_a_long_name_does_not_push_the_others(work: Work, tmp_path: Path) -> Non
     assert long.startswith(f"{names[1]}  red ")
 
 
+def test_names_of_files_and_classes_are_on_one_line_that_no_terminal_obeys(
+    work: Work, tmp_path: Path
+) -> None:
+    model = Model.load(work.model)
+    replace(model, classes=("two\nlines", "\x1b[31m", "plain")).save(tmp_path / "new\nline.model")
+    image = paint(tmp_path / "a\nb.png", channel=2, seed=1)  # of the first class
+    result = predict(tmp_path / "new\nline.model", [image], backbone=TOY)
+    (line,) = result.describe().splitlines()
+    assert line.isprintable()
+    assert all(name in line for name in (r"two\nlines", r"\x1b[31m", r"a\nb.png"))
+    (row,) = csv.DictReader(io.StringIO(result.to_csv()))
+    assert row["label"] == "two\nlines"
+    with pytest.raises(ModelError, match=r"new\\nline\.model needs the code of its own backbone"):
+        predict(tmp_path / "new\nline.model", [image])
+
+
 def test_short_names_stand_in_a_column(work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("a.png", "longer.png"):
@@ -419,6 +438,7 @@ def test_an_unsure_answer_has_no_label_and_keeps_the_candidates(work: Work) -> N
         assert said.startswith(f"{before.label} " if sure else f"(unsure)  ({before.label} ")
     rows = list(csv.DictReader(io.StringIO(careful.to_csv())))
     assert [row["label"] for row in rows] == [answer.label for answer in careful.predictions]
+    assert [row["guess"] for row in rows] == [answer.label for answer in plain]
     assert careful.failed == 0
     with pytest.raises(ValueError, match="abstain_below"):
         ask(work, abstain_below=1.5)

@@ -99,14 +99,7 @@ def evaluate(
 @click.option(
     "--top-k", type=click.IntRange(1), default=5, show_default=True, help="Classes listed per image."
 )
-@click.option(
-    "--views",
-    type=click.IntRange(1, 1000),
-    default=1,
-    show_default=True,
-    metavar="K",
-    help="Average over the plain picture of each image and K - 1 augmented ones.",
-)
+@views_option
 @click.option(
     "--abstain-below",
     type=click.FloatRange(0, 1),
@@ -114,7 +107,11 @@ def evaluate(
     metavar="P",
     help="Give no label to an image whose most probable class is less probable.",
 )
-@click.option("--csv", "as_csv", is_flag=True, help="Print CSV: path,label,probability,error.")
+@click.option(
+    "--csv", "as_csv", is_flag=True,
+    help="Print CSV: path,label,guess,probability,error. The label is empty below --abstain-below, the guess "
+    "stays.",
+)  # fmt: skip
 @json_option
 @click.option("--jsonl", "as_jsonl", is_flag=True, help="Print a JSON object a line, whole at any moment.")
 @moved_weights_option

@@ -8,9 +8,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from featcache.answers import (
     ALL,
@@ -25,7 +26,7 @@ from featcache.answers import (
 )
 from featcache.disk import write_atomically
 from featcache.engines import AUTO
-from featcache.errors import DataError, DiskError, StoreError
+from featcache.errors import DataError, DiskError
 from featcache.evaluate.abstain import Accepted, accepted_at
 from featcache.evaluate.metrics import Metrics, score
 from featcache.evaluate.report import class_lines, score_lines
@@ -34,6 +35,8 @@ from featcache.images import scan_images
 from featcache.images.paths import show_path
 from featcache.inference import ReadyModel
 from featcache.model import Model, image_keys
+from featcache.next_step import Scored, Step, Word, next_step
+from featcache.outputs import require_replaceable
 from featcache.progress import Progress, SilentProgress
 from featcache.records import SPLITS
 from featcache.store.files import begins_as_store
@@ -65,6 +68,7 @@ class EvaluateResult:
     unknown_classes: Mapping[str, int]
     trained_on: int
     notes: tuple[str, ...]
+    next: Step | None = None  # None where there is no command for it
 
     def to_json(self) -> dict[str, Any]:
         metrics = self.metrics.to_json()
@@ -82,6 +86,7 @@ class EvaluateResult:
             "failed": [{"path": path, "reason": reason} for path, reason in self.failed.items()],
             "fingerprint": self.fingerprint,
             "notes": list(self.notes),
+            "next": self.next.to_json() if self.next else None,
         }
 
     def describe(self) -> str:
@@ -95,7 +100,8 @@ class EvaluateResult:
         lines += [f"failed: {show_path(path)}: {why}" for path, why in list(self.failed.items())[:_SHOWN]]
         if len(self.failed) > _SHOWN:
             lines.append(f"and {len(self.failed) - _SHOWN:,} more failed")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join([*lines, *(self.next.lines() if self.next else ())])
 
 
 def evaluate_model(
@@ -121,7 +127,8 @@ def evaluate_model(
 
     split: test, val, train or all; by default test where there is one, else val, else all.
     abstain_below: also say what answering only from this probability would give. csv_file: where to write
-    path, label, predicted class, its probability and whether it is right, a row a line.
+    path, label, predicted class, its probability and whether it is right, a row a line; where that fails, the
+    error has the scores as its notes.
     views: average over so many views of each image, drawn by `seed`, or as the store has them.
     The other options are those of `iter_predictions` and are for images.
 
@@ -133,13 +140,14 @@ def evaluate_model(
     if views < 1 or not 0 <= (abstain_below or 0) <= 1:
         raise ValueError("views is at least 1, abstain_below is a probability")
     progress = progress or SilentProgress()
-    fitted = Model.load(Path(model))
+    fitted, where, shown = Model.load(Path(model)), show_path(Path(model)), show_path(Path(data))
     if csv_file is not None:
-        _require_writable(Path(csv_file), model=Path(model))
+        needed = {"the model": Path(model), "the data": Path(data)}
+        require_replaceable(Path(csv_file), option="--csv", needed=needed)
     source = _open_source(
         fitted,
         Path(data),
-        where=str(model),
+        where=where,
         root=Path(root) if root else None,
         follow_links=follow_links,
         views=views,
@@ -153,33 +161,79 @@ def evaluate_model(
             "workers": workers,
         },
     )
-    chosen, scored_on = choose_split(source.rows, split, data=str(data))
+    chosen, scored_on = choose_split(source.rows, split, data=shown)
     rows = source.rows.take(chosen)
-    classes = join_classes(fitted, rows, where=str(model), data=str(data))
+    classes = join_classes(fitted, rows, where=where, data=shown)
     answers = source.answer(chosen, progress)
-    given = np.flatnonzero(answers.given)
-    if not len(given):
-        raise DataError(f"none of the images can be read: {next(iter(answers.failed.values()))}")
-    scored = rows.take(given)
-    trained_on = int(np.isin(image_keys(answers.sha256[given]), fitted.trained_on).sum())
-    table = spread(fitted, answers.probabilities[given], classes)
-    units = number_units(answers.sha256[given])  # copies of an image say no more than one
+    given = _Given.of(fitted, rows, answers, classes)
+    metrics, unknown = given.score(), _unknown(fitted, given.rows)
     if csv_file is not None:
-        write_atomically(Path(csv_file), _to_csv(fitted, rows, answers).encode())
+        _write_csv(Path(csv_file), _to_csv(fitted, rows, answers), scores=score_lines(metrics, on=scored_on))
+    scored = Scored(
+        model=Path(model),
+        fitted=fitted,
+        data=Path(data),
+        is_store=isinstance(source, StoreRows),
+        rows=source.rows,
+        scored_on=scored_on,
+        metrics=metrics,
+        trained_on=given.trained_on,
+        unknown=unknown,
+        source=_source_options(root, follow_links),
+        weights=weights,
+        listed=csv_file is not None,
+    )
     return EvaluateResult(
         model=str(model),
         data=str(data),
         head=fitted.head_name,
         fingerprint=fitted.fingerprint,
         scored_on=scored_on,
-        metrics=score(scored.y, table, classes, ids=scored.ids, units=units),
+        metrics=metrics,
         abstain_below=abstain_below,
-        abstained=None if abstain_below is None else accepted_at(scored.y, table, abstain_below, units=units),
+        abstained=None if abstain_below is None else given.accepted_at(abstain_below),
         failed=answers.failed,
-        unknown_classes=_unknown_classes(fitted, scored),
-        trained_on=trained_on,
-        notes=(*source.notes, *_notes(fitted, source.rows, scored, trained_on)),
+        unknown_classes=unknown,
+        trained_on=given.trained_on,
+        notes=(*source.notes, *_notes(fitted, source.rows, given.rows, given.trained_on)),
+        next=next_step(scored),
     )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Given:
+    """The rows that there is an answer for.
+
+    probabilities: (n, len(classes)). units: the same number for copies of an image, which say no more than
+    one. trained_on: how many of the rows the model was fitted on.
+    """
+
+    rows: LabelledRows
+    classes: tuple[str, ...]
+    probabilities: NDArray[np.float64]
+    units: NDArray[np.int64]
+    trained_on: int
+
+    @classmethod
+    def of(cls, fitted: Model, rows: LabelledRows, answers: Answers, classes: tuple[str, ...]) -> Self:
+        """DataError where there is none."""
+        given = np.flatnonzero(answers.given)
+        if not len(given):
+            raise DataError(f"none of the images can be read: {next(iter(answers.failed.values()))}")
+        sha256 = answers.sha256[given]
+        return cls(
+            rows=rows.take(given),
+            classes=classes,
+            probabilities=spread(fitted, answers.probabilities[given], classes),
+            units=number_units(sha256),
+            trained_on=int(np.isin(image_keys(sha256), fitted.trained_on).sum()),
+        )
+
+    def score(self) -> Metrics:
+        return score(self.rows.y, self.probabilities, self.classes, ids=self.rows.ids, units=self.units)
+
+    def accepted_at(self, threshold: float) -> Accepted:
+        return accepted_at(self.rows.y, self.probabilities, threshold, units=self.units)
 
 
 def _open_source(
@@ -195,6 +249,8 @@ def _open_source(
 ) -> RowSource:
     """The rows of a store, known by its first bytes, or of a folder or CSV of images."""
     if begins_as_store(data):
+        if root is not None:
+            raise DataError(f"{show_path(data)} is a store, which reads no images: leave --root away.")
         return StoreRows(fitted, data, where=where, views=views)
 
     def load(images: int) -> ReadyModel:
@@ -204,14 +260,14 @@ def _open_source(
     return ImageRows(fitted, listing, load=load, views=views, seed=seed)
 
 
-def _unknown_classes(fitted: Model, rows: LabelledRows) -> dict[str, int]:
+def _unknown(fitted: Model, rows: LabelledRows) -> dict[str, int]:
     return {name: n for name, n in rows.counts().items() if name not in fitted.classes}
 
 
 def _notes(fitted: Model, everything: LabelledRows, scored: LabelledRows, trained_on: int) -> list[str]:
     """What makes the score mean less than it seems, or other than is thought."""
     notes = []
-    if unknown := _unknown_classes(fitted, scored):
+    if unknown := _unknown(fitted, scored):
         n = plural(sum(unknown.values()), "row")
         notes.append(f"{n} of classes the model does not know, counted as errors: {name_some(list(unknown))}")
     if unlabelled := int((everything.y < 0).sum()):
@@ -241,9 +297,16 @@ def _to_csv(fitted: Model, rows: LabelledRows, answers: Answers) -> str:
     return text.getvalue()
 
 
-def _require_writable(path: Path, *, model: Path) -> None:
-    """Refuse, before any work, a CSV that would replace a store or the model, or lie in no folder."""
-    if begins_as_store(path) or (path.exists() and path.samefile(model)):
-        raise StoreError(f"{path} is a store or the model, which would be replaced. Choose another --csv.")
-    if not path.parent.is_dir():
-        raise DiskError(f"{path} cannot be written: there is no folder {path.parent}. Make it first.")
+def _write_csv(path: Path, text: str, *, scores: list[str]) -> None:
+    """DiskError with the scores, which may have taken hours."""
+    try:
+        write_atomically(path, text.encode())
+    except DiskError as error:
+        for line in scores:
+            error.add_note(line)
+        raise
+
+
+def _source_options(root: str | os.PathLike[str] | None, follow_links: bool) -> tuple[Word, ...]:
+    """What a command needs to find the same images."""
+    return (*(("--root", Path(root)) if root else ()), *(("--follow-links",) if follow_links else ()))

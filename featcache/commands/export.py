@@ -5,22 +5,25 @@ Every file is read back by the tools it is for, and answers as featcache does, b
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featcache.disk import disk_errors, whole_or_nothing, write_atomically
+from featcache.disk import disk_errors, whole_or_nothing
 from featcache.errors import ExportError, ModelError, NotAStore
-from featcache.exporting import Format, ModelFormat, Opened, choose_output, find_format, require_libraries
-from featcache.exporting.agreement import Agreement, apart_from_predict, check
-from featcache.exporting.card import write_card
-from featcache.exporting.pictures import Pictures, gather_pictures
+from featcache.exporting import Format, choose_output, find_format, require_libraries
+from featcache.exporting.agreement import Agreement, prove
+from featcache.exporting.card import Written, write_card
+from featcache.exporting.pictures import gather_pictures
 from featcache.exporting.subject import PIXELS, Pixels, Subject
 from featcache.images.paths import show_path
 from featcache.inference import load_network
 from featcache.model import Model
+from featcache.outputs import require_replaceable, turn_in
 from featcache.progress import Progress, SilentProgress
 from featcache.store.reader import FeatureStore
 from featcache.words import plural
@@ -53,12 +56,12 @@ class ExportResult:
         }
 
     def describe(self) -> str:
-        what = f"{self.path}: {self.format}, {self.bytes / 1e6:.1f} MB"
+        what = f"{show_path(self.path)}: {self.format}, {self.bytes / 1e6:.1f} MB"
         if self.rows is not None:
             what += f", {plural(self.rows, 'row')}, read back and equal"
         lines = [what, *([self.agreement.describe()] if self.agreement else [])]
         lines += [f"note: {note}" for note in self.notes]
-        return "\n".join([*lines, *([f"how to read it: {self.card}"] if self.card else [])])
+        return "\n".join([*lines, *([f"how to read it: {show_path(self.card)}"] if self.card else [])])
 
 
 def export(
@@ -86,17 +89,20 @@ def export(
         raise ValueError(f"pixels is one of {', '.join(PIXELS)}, not {pixels!r}")
     if pixels is not None and not row.chooses_input:
         raise ExportError(f"{row.name} files hold no preprocessing: leave --input away, or export --to onnx.")
+    if row.holds == "features" and (images or weights or backbone):
+        raise ExportError(
+            f"{row.name} are read from a store as they are: leave --images, --weights and --backbone away."
+        )
     path = choose_output(row, Path(source), None if output is None else Path(output))
+    require_replaceable(path, option="--output", needed={})
     require_libraries(row, path.suffix)
     if row.holds == "features":
         return _export_features(Path(source), path, row)
-    fitted = Model.load(source)
-    subject = Subject(
-        where=show_path(Path(source)),
-        model=fitted,
-        backbone=load_network(fitted, where=str(source), weights=weights, allowed=backbone),
-        pixels=pixels or "uint8",
-    )
+    fitted, where = Model.load(source), show_path(Path(source))
+    network = load_network(fitted, where=where, weights=weights, allowed=backbone)
+    weights_file = Path(network.weights.path) if network.weights.path else None
+    require_replaceable(path, option="--output", needed={"the weights file of its network": weights_file})
+    subject = Subject(where=where, model=fitted, backbone=network, pixels=pixels or "uint8")
     return _export_model(
         subject, path, row, images=[Path(image) for image in images], progress=progress or SilentProgress()
     )
@@ -107,15 +113,24 @@ def _export_model(
 ) -> ExportResult:
     module = row.load()
     progress.start("exporting", total=3, unit="steps")
-    data = module.encode(subject)
-    progress.advance(1)
     pictures = gather_pictures(subject.model, images)
     progress.advance(1)
-    with whole_or_nothing(path) as temporary:
+    data = module.encode(subject)
+    progress.advance(1)
+    card = path.with_name(path.name + ".md")
+    # Both are written before one has its name, and nobody's come between them: no file has another's card.
+    with ExitStack() as turn, whole_or_nothing(card) as card_temporary, whole_or_nothing(path) as temporary:
         with disk_errors(path, doing="writing"):
             temporary.write_bytes(data)
-        agreement, notes = _prove(subject, module.load(temporary, subject), pictures, row)
-    card = _write_card(subject, path, row, module, agreement=agreement, notes=notes)
+        proof = prove(subject, module.load(temporary, subject), pictures, rounds=row.rounds)
+        written = Written(
+            name=path.name,
+            sha256=hashlib.sha256(data).hexdigest(),
+            recipe=module.recipe(subject, path.name),
+        )
+        with disk_errors(card, doing="writing"):
+            card_temporary.write_bytes(write_card(subject, row, written, proof).encode())
+        turn.enter_context(turn_in(path.parent))
     progress.advance(1)
     progress.finish()
     return ExportResult(
@@ -123,39 +138,9 @@ def _export_model(
         format=row.name,
         bytes=len(data),
         card=str(card),
-        agreement=agreement,
-        notes=notes,
+        agreement=proof.agreement,
+        notes=proof.notes,
     )
-
-
-def _prove(
-    subject: Subject, opened: Opened, pictures: Pictures, row: Format
-) -> tuple[Agreement, tuple[str, ...]]:
-    agreement = check(subject, opened, pictures, rounds=row.rounds)
-    apart = apart_from_predict(subject, opened, pictures, rounds=row.rounds)
-    return agreement, (apart,) if apart else ()
-
-
-def _write_card(
-    subject: Subject,
-    path: Path,
-    row: Format,
-    module: ModelFormat,
-    *,
-    agreement: Agreement,
-    notes: Sequence[str],
-) -> Path:
-    card = path.with_name(path.name + ".md")
-    text = write_card(
-        subject,
-        row,
-        name=path.name,
-        agreement=agreement,
-        notes=notes,
-        recipe=module.recipe(subject, path.name),
-    )
-    write_atomically(card, text.encode())
-    return card
 
 
 def _export_features(source: Path, path: Path, row: Format) -> ExportResult:
@@ -174,10 +159,15 @@ def _export_features(source: Path, path: Path, row: Format) -> ExportResult:
 def _of_another_kind(source: Path, row: Format) -> ExportError | None:
     """What to say where `source` is a model; None where it is nothing of ours."""
     try:
-        Model.load(source)
+        model = Model.load(source)
     except ModelError:
         return None
+    shown, weights = show_path(source), show_path(source.with_suffix(".safetensors"))
+    own = (
+        f" A store of its fine-tuned network: featcache export {shown} --to torchvision -o {weights}, and "
+        f"embed with --backbone {model.spec.backbone} --weights {weights}."
+    )
     return ExportError(
-        f"{show_path(source)} is a model, and {row.name} are those of a store: "
-        "name the store, or export the model --to another format."
+        f"{shown} is a model, and {row.name} are those of a store: name the store, or export the model --to "
+        "another format." + (own if model.network and ":" not in model.spec.backbone else "")
     )

@@ -24,6 +24,7 @@ from featcache.images.paths import show_path
 from featcache.inference import ReadyModel
 from featcache.model import Model
 from featcache.progress import Progress, SilentProgress
+from featcache.words import show_text
 
 WIDEST_PATH = 40  # characters that paths are padded to at most: longer ones push their own line alone
 _LOOKED_AT = 1000  # paths, to see how wide they are
@@ -34,7 +35,8 @@ UNSURE = ""  # the label of an image that is abstained from
 class Prediction:
     """The answer for one image; `error` says why there is none, and the rest is None then.
 
-    label: the most probable class, or "" where its probability is below what was asked for.
+    label: the most probable class, or "" where its probability is below what was asked for; `guess` is it
+    all the same.
     """
 
     path: str
@@ -42,6 +44,11 @@ class Prediction:
     probability: float | None = None  # of the most probable class
     topk: tuple[tuple[str, float], ...] = ()
     error: str | None = None
+
+    @property
+    def guess(self) -> str | None:
+        """The most probable class, whatever its probability."""
+        return self.topk[0][0] if self.topk else None
 
     def to_json(self) -> dict[str, Any]:
         if self.error is not None:
@@ -53,20 +60,20 @@ class Prediction:
         """A line of CSV, in the order of CSV_HEADER."""
         text = io.StringIO()
         shown = "" if self.probability is None else f"{self.probability:.6f}"
-        row = [self.path, self.label or UNSURE, shown, self.error or ""]
+        row = [self.path, self.label or UNSURE, self.guess or "", shown, self.error or ""]
         csv.writer(text, lineterminator="\n").writerow(row)
         return text.getvalue()
 
     def describe(self) -> str:
         if self.error is not None:
             return f"failed: {self.error}"
-        said = f"{self.label} {self.probability:.3f}" if self.label else "(unsure)"
+        said = f"{show_text(self.label)} {self.probability:.3f}" if self.label else "(unsure)"
         runners_up = self.topk[1:3] if self.label else self.topk[:3]
-        others = ", ".join(f"{label} {p:.3f}" for label, p in runners_up)
+        others = ", ".join(f"{show_text(label)} {p:.3f}" for label, p in runners_up)
         return said + (f"  ({others})" if others else "")
 
 
-CSV_HEADER = "path,label,probability,error\n"
+CSV_HEADER = "path,label,guess,probability,error\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +219,7 @@ def iter_predictions(
     files, notes = find_images([Path(image) for image in images], follow_links=follow_links)
     ready = ReadyModel.load(
         fitted,
-        where=str(model),
+        where=show_path(Path(model)),
         images=len(files) * views,
         weights=weights,
         allowed=backbone,

@@ -127,6 +127,8 @@ def choose_output(row: Format, source: Path, output: Path | None) -> Path:
 
     ExportError: another ending than the format has, or the file that is exported.
     """
+    if not source.name:
+        raise ExportError(f"{show_path(source)} is no file: name a model, or a store.")
     path = output or source.with_suffix(row.suffixes[0])
     if path.suffix not in row.suffixes:
         raise ExportError(

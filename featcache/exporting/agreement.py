@@ -54,6 +54,21 @@ class Agreement:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """That a file answers as featcache does. notes: what keeps the two apart nevertheless, in words."""
+
+    agreement: Agreement
+    notes: tuple[str, ...] = ()
+
+
+def prove(subject: Subject, opened: Opened, pictures: Pictures, *, rounds: bool) -> Proof:
+    """`check`, and how far the file is from `featcache predict`. ExportError: the file answers otherwise."""
+    agreement = check(subject, opened, pictures, rounds=rounds)
+    apart = apart_from_predict(subject, opened, pictures, rounds=rounds)
+    return Proof(agreement=agreement, notes=(apart,) if apart else ())
+
+
 def check(subject: Subject, opened: Opened, pictures: Pictures, *, rounds: bool) -> Agreement:
     """What the file answers, beside featcache in the arithmetic that the file has. ExportError: it differs.
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from torch import Tensor, nn
+from torchvision import models
 
 from featcache.backbones import Backbone, bundled, torchvision
 from featcache.errors import ExportError
@@ -96,14 +97,15 @@ def last_layers(whole: nn.Module, path: str, *, num_features: int, num_classes: 
     if not isinstance(whole.get_submodule(path), nn.Conv2d):
         layer = nn.Linear(num_features, num_classes)
         return [Replacement(path=path, code=f"nn.Linear({num_features}, {num_classes})", layer=layer)]
-    parent, _, index = path.rpartition(".")
+    parent, _, own = path.rpartition(".")
     convolution = nn.Conv2d(num_features, num_classes, kernel_size=1)
     code = f"nn.Conv2d({num_features}, {num_classes}, kernel_size=1)"
-    after = list(whole.get_submodule(parent).named_children())[int(index) + 1 :]
+    children = list(whole.get_submodule(parent).named_children())
+    after = children[[name for name, _ in children].index(own) + 1 :]
     return [
         Replacement(path=path, code=code, layer=convolution),
         *(
-            Replacement(path=f"{parent}.{name}", code="nn.Identity()", layer=nn.Identity())
+            Replacement(path=f"{parent}.{name}".lstrip("."), code="nn.Identity()", layer=nn.Identity())
             for name, _ in takewhile(lambda child: isinstance(child[1], nn.ReLU), after)
         ),
     ]
@@ -129,6 +131,18 @@ def loading_code(module: nn.Module, *, name: str, tensors: str) -> str:
         return f"{name}.load_state_dict({tensors})"
     # Such a network, MNASNet of torchvision's, asks which version of it the tensors are of.
     return f"state = {name}.state_dict()\nstate.update({tensors})\n{name}.load_state_dict(state)"
+
+
+def licence_named(backbone: str, label: str) -> str | None:
+    """Where torchvision says the licence of these weights of its network is; None where it says nothing."""
+    name = backbone.partition("@")[0]
+    if name not in torchvision.names():
+        return None
+    for entry in models.get_model_weights(name):
+        if entry.name == label:
+            named: str | None = entry.meta.get("license")
+            return named
+    return None
 
 
 def attribute(path: str) -> str:

@@ -6,6 +6,8 @@ metadata.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from featcache.engines.onnx_graph import export_graph, fits_graph
+from featcache.engines.onnx_runtime import SESSION_ERRORS
 from featcache.engines.pixels import CAPTURE_ERRORS, reason
 from featcache.engines.replicas import is_known
 from featcache.errors import ExportError
 from featcache.exporting import Answers, Opened
 from featcache.exporting.estimators import FEATURES, append_estimator, has_estimator, require_convertible
 from featcache.exporting.modules import PixelsToAnswers, example_pixels, given_pixels, head_module
-from featcache.exporting.recipes import prepare_code
+from featcache.exporting.recipes import prepare_code, python_text
 from featcache.exporting.subject import PIXELS, Subject
 
 INPUT, OUTPUT = "pixels", "probabilities"
@@ -38,7 +41,7 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
-session = onnxruntime.InferenceSession("%(name)s", providers=["CPUExecutionProvider"])
+session = onnxruntime.InferenceSession(%(name)s, providers=["CPUExecutionProvider"])
 classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
 
 
@@ -77,19 +80,32 @@ def load(path: Path, subject: Subject) -> Opened:
 
 
 def _run(model: Path | bytes, subject: Subject, *, output: str) -> Answers:
-    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    with _session_errors(subject):
+        session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
 
     def answers(pixels: NDArray[np.uint8]) -> NDArray[Any]:
-        (found,) = session.run([output], {INPUT: given_pixels(subject, pixels)})
+        with _session_errors(subject):
+            (found,) = session.run([output], {INPUT: given_pixels(subject, pixels)})
         return np.asarray(found)
 
     return answers
 
 
+@contextmanager
+def _session_errors(subject: Subject) -> Iterator[None]:
+    try:
+        yield
+    except SESSION_ERRORS as error:
+        raise ExportError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot run {subject.where} ({reason(error)}): "
+            "upgrade onnxruntime, or export --to torch or safetensors."
+        ) from error
+
+
 def recipe(subject: Subject, name: str) -> str:
     """ONNX Runtime, NumPy and Pillow."""
     code = _RECIPE % {
-        "name": name,
+        "name": python_text(name),
         "prepare": prepare_code(subject.model.spec.preprocessing),
         "given": _GIVEN[subject.pixels],
     }

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from featcache.spec import Preprocessing
 
-READ_CLASSES = """with safe_open("%(name)s", framework="pt") as file:
+READ_CLASSES = """with safe_open(%(name)s, framework="pt") as file:
     classes = json.loads(file.metadata()["classes"])"""
+
+# Upright, and what is transparent laid over white, as featcache opens a picture.
+OPEN_IMAGE = """def open_image(path):
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")"""
 
 # torchvision's own transform, as its presets of weights have it.
 TRANSFORM = """transform = transforms.Compose(
@@ -19,7 +27,7 @@ TRANSFORM = """transform = transforms.Compose(
 
 # The same up to the crop, by Pillow alone.
 _PREPARE = """def prepare(path):
-    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    image = open_image(path)
     short, long = sorted(image.size)
     size = {short: %(resize)d, long: int(%(resize)d * long / short)}
     image = image.resize((size[image.width], size[image.height]), Image.Resampling.%(resampling)s)
@@ -28,19 +36,23 @@ _PREPARE = """def prepare(path):
 
 
 # Where the pixels are made by a transform of the user's own.
-_PREPARE_OWN = """from %(module)s import %(function)s
-
-
-def prepare(path):
-    return np.asarray(%(function)s(ImageOps.exif_transpose(Image.open(path)).convert("RGB")))"""
+_PREPARE_OWN = """def prepare(path):
+    return np.asarray(%(function)s(open_image(path)))"""
 
 
 def prepare_code(preprocessing: Preprocessing) -> str:
     """A function `prepare` that makes uint8 pixels (S, S, 3) of a file, without torchvision."""
     if not preprocessing.transform:
-        return fill(_PREPARE, preprocessing)
+        return f"{OPEN_IMAGE}\n\n\n{fill(_PREPARE, preprocessing)}"
     module, _, function = preprocessing.transform.partition("@")[0].partition(":")
-    return _PREPARE_OWN % {"module": module, "function": function}
+    parts = (f"from {module} import {function}", OPEN_IMAGE, _PREPARE_OWN % {"function": function})
+    return "\n\n\n".join(parts)
+
+
+def python_text(text: str) -> str:
+    """A string as Python has it, whatever is in it; a plain one in double quotes, as all the others are."""
+    quoted = repr(text)
+    return f'"{text}"' if quoted == f"'{text}'" and '"' not in text else quoted
 
 
 def fill(template: str, preprocessing: Preprocessing) -> str:

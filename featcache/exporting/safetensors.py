@@ -28,7 +28,7 @@ from featcache.engines.pixels import PixelsToVectors
 from featcache.errors import ExportError
 from featcache.exporting import Opened
 from featcache.exporting.architecture import attribute, find_architecture, load_tensors, loading_code
-from featcache.exporting.recipes import READ_CLASSES, TRANSFORM, fill
+from featcache.exporting.recipes import OPEN_IMAGE, READ_CLASSES, TRANSFORM, fill, python_text
 from featcache.exporting.subject import Subject
 from featcache.heads import find_head
 
@@ -47,7 +47,7 @@ from torch import nn
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-tensors = load_file("%(name)s")
+tensors = load_file(%(name)s)
 %(build)s
 prefix = "network."
 own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
@@ -55,9 +55,13 @@ own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(pre
 network.eval()
 %(read_classes)s
 %(transform)s
-image = ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB")
+
+
+%(open_image)s
+
+
 with torch.inference_mode():
-    features = network(transform(image)[None])
+    features = network(transform(open_image("image.jpg"))[None])
     logits = features @ tensors["head.weight"].T + tensors["head.bias"]
 probabilities = logits[0].softmax(0)
 probability, label = float(probabilities.max()), classes[int(probabilities.argmax())]
@@ -68,7 +72,9 @@ def encode(subject: Subject) -> bytes:
     """The file. Trees and other estimators of scikit-learn are no tensors."""
     arrays, about = _head(subject)
     tensors: dict[str, Tensor] = {
-        _NETWORK + name: tensor.contiguous() for name, tensor in subject.backbone.module.state_dict().items()
+        # Copies, for a network of the user's own may use one tensor twice, which safetensors refuses.
+        _NETWORK + name: tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in subject.backbone.module.state_dict().items()
     }
     tensors |= {_HEAD + name: torch.from_numpy(np.array(array, order="C")) for name, array in arrays.items()}
     return save(tensors, {**subject.describe(), "head": json.dumps(about)})
@@ -103,9 +109,10 @@ def recipe(subject: Subject, name: str) -> str:
         "imports": architecture.imports,
         "build": f"network = {architecture.call}\n"
         f"network{attribute(architecture.classifier)} = nn.Identity()",
-        "name": name,
+        "name": python_text(name),
         "loading": loading_code(subject.backbone.module, name="network", tensors="own"),
-        "read_classes": READ_CLASSES % {"name": name},
+        "read_classes": READ_CLASSES % {"name": python_text(name)},
+        "open_image": OPEN_IMAGE,
         "transform": fill(TRANSFORM, subject.model.spec.preprocessing),
     }
     return code.strip()
@@ -114,7 +121,7 @@ def recipe(subject: Subject, name: str) -> str:
 def _listing(name: str) -> str:
     return f"""from safetensors import safe_open
 
-with safe_open("{name}", framework="np") as file:
+with safe_open({python_text(name)}, framework="np") as file:
     print(file.metadata())
     for key in file.keys():
         print(key, file.get_slice(key).get_shape())"""

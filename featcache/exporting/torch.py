@@ -18,7 +18,7 @@ from featcache.engines.pixels import CAPTURE_ERRORS, reason
 from featcache.errors import ExportError
 from featcache.exporting import Opened
 from featcache.exporting.modules import PixelsToAnswers, example_pixels, given_pixels, head_module
-from featcache.exporting.recipes import prepare_code
+from featcache.exporting.recipes import prepare_code, python_text
 from featcache.exporting.subject import PIXELS, Subject
 
 _DESCRIPTION = "description.json"
@@ -35,7 +35,7 @@ import torch
 from PIL import Image, ImageOps
 
 about = {"description.json": ""}
-program = torch.export.load("%(name)s", extra_files=about).module()
+program = torch.export.load(%(name)s, extra_files=about).module()
 classes = json.loads(json.loads(about["description.json"])["classes"])
 
 
@@ -83,7 +83,7 @@ def load(path: Path, subject: Subject) -> Opened:
 def recipe(subject: Subject, name: str) -> str:
     """torch, NumPy and Pillow."""
     code = _RECIPE % {
-        "name": name,
+        "name": python_text(name),
         "prepare": prepare_code(subject.model.spec.preprocessing),
         "given": _GIVEN[subject.pixels],
     }

@@ -31,7 +31,7 @@ from featcache.exporting.architecture import (
     require_architecture,
     with_layers,
 )
-from featcache.exporting.recipes import READ_CLASSES, TRANSFORM, fill
+from featcache.exporting.recipes import OPEN_IMAGE, READ_CLASSES, TRANSFORM, fill, python_text
 from featcache.exporting.subject import Subject
 
 _RECIPE = """
@@ -52,9 +52,13 @@ model = %(call)s
 model.eval()
 %(read_classes)s
 %(transform)s
-image = ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB")
+
+
+%(open_image)s
+
+
 with torch.inference_mode():
-    probabilities = model(transform(image)[None])[0].softmax(0)
+    probabilities = model(transform(open_image("image.jpg"))[None])[0].softmax(0)
 probability, label = float(probabilities.max()), classes[int(probabilities.argmax())]
 """
 
@@ -108,8 +112,9 @@ def recipe(subject: Subject, name: str) -> str:
         "imports": architecture.imports,
         "call": architecture.call,
         "replacements": "\n".join(lines),
-        "loading": loading_code(whole, name="model", tensors=f'load_file("{name}")'),
-        "read_classes": READ_CLASSES % {"name": name},
+        "loading": loading_code(whole, name="model", tensors=f"load_file({python_text(name)})"),
+        "read_classes": READ_CLASSES % {"name": python_text(name)},
+        "open_image": OPEN_IMAGE,
         "transform": fill(TRANSFORM, subject.model.spec.preprocessing),
     }
     return code.strip()
