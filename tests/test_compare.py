@@ -18,11 +18,13 @@ from featcache.commands import compare as module
 from featcache.commands.compare import CompareResult, compare
 from featcache.commands.fit import fit
 from featcache.errors import HeadError, StoreError
+from featcache.evaluate.comparison import Difference, Pair, take_cheapest
 from featcache.joining import join_rows
 from featcache.records import NO_FILE, ImageRecord, RowStatus
 from featcache.spec import FeatureNode
+from featcache.store.creating import create_store
 from featcache.store.features import FeatureSet
-from featcache.store.layout import SOURCE_DTYPE, RowTable, create_store
+from featcache.store.layout import SOURCE_DTYPE, RowTable
 from featcache.store.reader import FeatureStore
 from featcache.store.writer import StoreWriter
 
@@ -149,6 +151,9 @@ def test_an_unknown_head_is_refused_before_any_is_fitted(
     monkeypatch.setattr(module, "fit_features", lambda *_, **__: pytest.fail("a head was fitted"))
     with pytest.raises(HeadError, match="Did you mean ridge"):
         run(save("a", good), heads=("ncm", "ridg"))
+    for name, words in (("KNeighborsClassifier", "may not contain"), ("SVCC", "Did you mean SVC")):
+        with pytest.raises(HeadError, match=words):
+            run(save("a", good), heads=("ncm", f"sklearn:{name}"))
 
 
 def test_stores_that_cannot_be_compared_are_refused_in_one_line(
@@ -263,22 +268,105 @@ def test_the_ranking_does_not_depend_on_the_rows_scored(save: Callable[..., Path
     assert pair.test.verdict == "is beaten by"
     assert pair.cv is not None
     assert pair.cv.verdict == "beats"
-    assert spoilt.cheapest is None
+    assert spoilt.take is not None
+    assert (spoilt.cheapest, spoilt.take.name) == (None, "a")
+    assert "Beyond chance, b did better on the rows scored" in spoilt.take.why
+
+
+def test_what_to_take_does_not_depend_on_the_rows_scored(save: Callable[..., Path], good: FeatureSet) -> None:
+    """Two that are tied in cross-validation: the cheaper one is taken, whatever the test rows say of it."""
+    test = good.splits == "test"
+    X = np.where(test[:, None], np.random.default_rng(1).normal(size=good.X.shape), good.X)
+    narrow = replace(good, X=X.astype(np.float32))
+    wide = widened(good)
+    result = run(save("wide", wide), save("narrow", narrow))
+    assert result.pairs[0].test.verdict == "beats"
+    assert result.take is not None
+    assert result.take.name == "narrow"
+    assert "Beyond chance, wide did better on the rows scored" in result.take.why
+
+
+def difference(points: float, se: float) -> Difference:
+    return Difference(points=points, ci95=(points - 2.5 * se, points + 2.5 * se), se=se)
+
+
+@pytest.mark.parametrize(
+    ("cv", "costs", "taken", "words"),
+    [
+        ([(0.9, 1.0)], [2.0, 1.0], 1, "cheaper: 1 ms an image, not 2 ms an image"),
+        (
+            [(1.1, 1.0)],
+            [2.0, 1.0],
+            0,
+            "the most accurate in cross-validation, though c1 may be as good",
+        ),
+        ([(3.0, 1.0)], [2.0, 1.0], 0, "the most accurate in cross-validation, beyond chance"),
+        ([(0.9, 1.0)], [2.0, 1.9], 0, "the most accurate"),  # about the same
+        ([(0.9, 1.0)], [2.0, None], 0, "the most accurate"),
+        ([(0.5, 1.0), (0.9, 1.0), (2.0, 1.0)], [4.0, 3.0, 2.0, 1.0], 2, "2 ms an image, not 4 ms"),
+    ],
+)
+def test_the_cheapest_within_one_standard_error_of_the_most_accurate_is_taken(
+    cv: list[tuple[float, float]], costs: list[float | None], taken: int, words: str
+) -> None:
+    pairs = [
+        Pair(best="c0", other=f"c{i}", test=difference(0, 1), cv=difference(*one))
+        for i, one in enumerate(cv, start=1)
+    ]
+    found, why = take_cheapest(pairs, [{"ms_per_image": cost} for cost in costs])
+    assert found == taken
+    assert words in why
+
+
+def test_a_head_that_augmented_views_help_gets_them_as_in_fit(
+    save: Callable[..., Path], good: FeatureSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    real = FeatureStore.features
+
+    def watch(self: Any, *args: Any, with_views: bool = False, **options: Any) -> FeatureSet:
+        asked.append(with_views)
+        return real(self, *args, with_views=with_views, **options)
+
+    store = save("a", take(good, slice(90, 150)))
+    monkeypatch.setattr(FeatureStore, "features", watch)
+    run(store, heads=("ncm", "linear"), budget=60)
+    assert asked[-2:] == [False, True]
+
+
+def test_without_cross_validation_nothing_is_said_to_be_the_one_to_take(
+    save: Callable[..., Path], good: FeatureSet
+) -> None:
+    few = take(good, [*range(3), *range(120, 420)])
+    result = run(save("a", few), save("b", noisy(few, sd=6)))
+    assert result.pairs[0].test.verdict == "beats"
+    assert result.take is None
+    assert "nothing could be held out to choose by" in result.describe().splitlines()[-1]
+
+
+def widened(features: FeatureSet) -> FeatureSet:
+    """With constant features, which change no distance between standardised means: right on the same rows."""
+    return replace(
+        features,
+        X=np.concatenate([features.X, np.zeros((len(features), 3), np.float32)], axis=1),
+        nodes=(node := FeatureNode(name="penultimate", num_features=8),),
+        spec=replace(features.spec, nodes=(node,)),
+    )
 
 
 def test_what_costs_least_of_what_is_tied_is_named(save: Callable[..., Path], good: FeatureSet) -> None:
-    wide = replace(
-        good,
-        X=np.concatenate([good.X, np.zeros((len(good), 3), np.float32)], axis=1),
-        nodes=(node := FeatureNode(name="penultimate", num_features=8),),
-        spec=replace(good.spec, nodes=(node,)),
-    )
-    # Constant features change no distance between standardised means: both are right on the same rows.
-    result = run(save("wide", wide), save("narrow", good))
+    result = run(save("wide", widened(good)), save("narrow", good))
     assert result.pairs[0].test.points == 0
     assert result.candidates[0].name == "wide"
     assert result.cheapest == "narrow"
-    assert "of the best and what is tied with it, narrow costs least" in result.describe()
+    assert result.take is not None
+    *_, said, command = result.describe().splitlines()
+    assert said == (
+        "take narrow: within one standard error of wide, the most accurate in cross-validation, and cheaper: "
+        "5 features, not 8 features"
+    )
+    assert command == f"  featcache fit {result.candidates[1].store} --node penultimate --head ncm"
+    assert result.to_json()["take"]["name"] == result.cheapest
 
 
 def test_the_cost_of_an_image_is_what_the_store_recorded(
@@ -314,7 +402,11 @@ def test_the_shell_prints_a_table_and_json(save: Callable[..., Path], good: Feat
     assert lines[2].split() == ["cross-validation", "rows", "scored"]
     assert {line.split("  ")[0] for line in lines[4:8]} == {"good ncm", "good ridge", "bad ncm", "bad ridge"}
     assert sum(line.startswith("  beats") for line in lines) == 2
-    assert "what is picked by its score on the rows scored has a score that is too high" in lines[-1]
+    assert "ranked by accuracy in cross-validation" in lines[-3]
+    assert "where fit chooses a head by its log-loss" in lines[-3]
+    assert "what is picked by its score on the rows scored has a score that is too high" in lines[-3]
+    assert lines[-2].startswith("take good ")
+    assert lines[-1].startswith(f"  featcache fit {stores[0]} --node penultimate --head ")
     ran = invoke(*stores, "--head", "ncm", "--json")
     report = json.loads(ran.stdout)
     assert [c["name"] for c in report["candidates"]] == ["good", "bad"]

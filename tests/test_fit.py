@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ import numpy as np
 import pytest
 from gaussians import gaussian_features, take, write_store
 
+from featcache.commands import fit as fit_module
 from featcache.commands.fit import fit
 from featcache.errors import DamagedStore, HeadError, IncompleteStore, NotAStore, StoreError
-from featcache.fitting import FitResult, fit_features
+from featcache.fitting import FitResult, fit_features, outlook, scoring
+from featcache.fitting import rows as rows_module
+from featcache.fitting.rows import take_rows
 from featcache.heads import HEADS
 from featcache.model import Model
 from featcache.store.features import FeatureSet
@@ -83,10 +87,12 @@ def test_the_next_step_is_a_sentence_of_its_own(head: str) -> None:
     features = gaussian_features({"train": 60, "test": 2000}, k=2, d=20, gap=2.5)
     result, _ = run(features, head=head, curve=False)
     assert result.metrics.accuracy < 0.97
-    (said,) = [line for line in result.describe().splitlines() if line.startswith("next: ")]
+    *_, said, command = result.describe().splitlines()
+    assert said.startswith("next: ")
     assert result.verdict.lines[0] not in said
     assert said.count(": ") == 2
     assert f"of the {result.metrics.n:,} rows scored are wrong" in said
+    assert command.startswith("  featcache ")
 
 
 @pytest.mark.parametrize(
@@ -258,7 +264,11 @@ def test_false_is_false() -> None:
         ("ridge", {"temperature": "0"}, "temperature is a number above 0"),
         ("sklearn:SVC", {"kernel": "best"}, "cannot be fitted: The 'kernel' parameter of SVC must be"),
         ("sklearn:MultinomialNB", {}, "cannot be fitted: Negative values"),
-        ("sklearn:KNeighborsClassifier", {"n_neighbors": "1000"}, "cannot be fitted: Expected n_neighbors"),
+        (
+            "sklearn:LogisticRegression",
+            {"C": "-1"},
+            "sklearn:LogisticRegression cannot be fitted: The 'C' parameter of LogisticRegression must be",
+        ),
     ],
 )
 def test_heads_and_parameters_that_do_not_go_are_refused_in_one_line(
@@ -267,6 +277,27 @@ def test_heads_and_parameters_that_do_not_go_are_refused_in_one_line(
     with pytest.raises(HeadError, match=words) as caught:
         run(gaussian_features(), head, params=params)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["KNeighborsClassifier", "RadiusNeighborsClassifier"])
+def test_a_head_that_no_model_file_may_hold_is_refused_before_any_work(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def not_now(*_: Any, **__: Any) -> None:
+        pytest.fail("the store was opened")
+
+    monkeypatch.setattr(FeatureStore, "open", not_now)
+    with pytest.raises(HeadError, match=f"sklearn:{name} holds .*, which a model file may not contain"):
+        fit(tmp_path / "s.h5", head=f"sklearn:{name}")
+
+
+def test_what_is_wrong_with_a_head_is_said_before_the_store_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FeatureStore, "open", lambda *_, **__: pytest.fail("the store was opened"))
+    for head, params in (("sklearn:SVCC", {}), ("ridge", {"alfa": 1}), ("auto", {"C": 1})):
+        with pytest.raises(HeadError):
+            fit(tmp_path / "s.h5", head=head, params=params)
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e-4])
@@ -280,6 +311,22 @@ def test_the_scale_of_a_feature_does_not_matter(head: str, scale: float) -> None
         first[1].predict_proba(X), second[1].predict_proba(scaled), rtol=1e-3, atol=1e-4
     )
     assert first[0].params == pytest.approx(second[0].params, rel=1e-3)
+
+
+def test_the_training_rows_are_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without splits they lie apart, so that to take them is to copy them."""
+    copied = []
+
+    def counted(X: Any, rows: Any) -> Any:
+        found = take_rows(X, rows)
+        copied.append(0 if np.shares_memory(found, X) else len(found))
+        return found
+
+    for module in (rows_module, scoring, outlook):
+        monkeypatch.setattr(module, "take_rows", counted)
+    result, _ = run(gaussian_features({"": 300}), "ridge", curve=False)
+    assert copied.count(result.n_train) == 1
+    assert sum(copied) <= result.n_train + 2 * result.metrics.n  # and those scored, to look ahead
 
 
 @pytest.mark.parametrize("head", ["logistic", "ridge", "knn", "ncm"])
@@ -316,7 +363,10 @@ def test_the_report_is_complete_and_valid_json_however_few_the_images(
     assert report["n_test"] == sum(map(sum, report["confusion"]))
     low, high = report["accuracy_ci95"]
     assert 0 <= low <= report["accuracy"] <= high <= 1
-    assert f"scored on {report['n_test']} rows" in result.describe()
+    rows = f"{report['n_test']} {'row' if report['n_test'] == 1 else 'rows'}"
+    assert f"scored on {rows}" in result.describe()
+    assert f"on {rows} (" in report["summary"] == result.describe().splitlines()[0]
+    assert report["next"]["command"].startswith("featcache ")
 
 
 def test_one_image_a_class_without_splits_is_an_error() -> None:
@@ -370,8 +420,14 @@ def test_what_is_no_store_or_no_node_is_refused(store: Path) -> None:
         fit(store.parent)
     with pytest.raises(NotAStore):
         fit(store.parent / "none.h5")
-    with pytest.raises(StoreError, match="no node 'layer3'; it holds penultimate"):
+    with pytest.raises(StoreError, match="no node 'layer3'; it holds penultimate. Did you mean penultimate"):
         fit(store, node="layer3")
+    with pytest.raises(StoreError, match="given one by one: --node penultimate --node layer3"):
+        fit(store, node="penultimate+layer3")
+    with pytest.raises(HeadError, match="no folder .*nowhere for x.model"):
+        fit(store, store.parent / "nowhere" / "x.model")
+    with pytest.raises(HeadError, match="is a folder"):
+        fit(store, store.parent)
 
 
 @pytest.mark.parametrize("output", ["s.h5", "./s.h5", "other.h5", "report"])
@@ -388,6 +444,22 @@ def test_a_store_is_never_replaced_by_a_model(
 
 
 def test_a_model_is_replaced_by_the_next(store: Path) -> None:
-    fit(store, head="ncm")
-    fit(store, head="ridge")
+    former = fit(store, head="ncm")
+    assert former.replaced is None
+    result = fit(store, head="ridge")
     assert Model.load(store.with_suffix(".model")).head_name == "ridge"
+    assert result.replaced == f"ncm on penultimate ({100 * former.metrics.accuracy:.1f} % right on 24 rows)"
+    assert f"written to {store.with_suffix('.model')}, where {result.replaced} was" in result.describe()
+    store.with_suffix(".model").write_bytes(b"something else")
+    assert fit(store, head="ridge").replaced == "another file"
+
+
+def test_the_seconds_are_those_of_all_that_was_done(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = fit_module.find_groups
+
+    def slowly(*args: Any, **options: Any) -> Any:
+        time.sleep(0.2)
+        return real(*args, **options)
+
+    monkeypatch.setattr(fit_module, "find_groups", slowly)
+    assert fit(store, head="ncm", group_by="similar:0.9999").seconds >= 0.2

@@ -16,7 +16,7 @@ from featcache.errors import HeadError
 from featcache.evaluate import groups as groups_module
 from featcache.evaluate.groups import find_groups
 from featcache.evaluate.splits import Groups, hold_out, make_folds
-from featcache.fitting import choose_rows, fit_features
+from featcache.fitting import choose_rows, fit_features, outlook
 from featcache.store.features import FeatureSet
 
 
@@ -58,7 +58,7 @@ def test_rows_of_a_csv_that_contradict_one_another_are_refused(tmp_path: Path) -
     features = replace(gaussian_features({"": 3}), ids=("a/1.png", "a/2.png", "b/3.png"))
     table = tmp_path / "who.csv"
     table.write_text("path,who\na/1.png,P1\na/2.png,P1\n./a/1.png,P2\nb/3.png, P1 \nb/3.png,P1\n")
-    with pytest.raises(HeadError, match=r"have several who in .*who\.csv: a/1\.png\.") as caught:
+    with pytest.raises(HeadError, match=r"^1 image has several who in .*who\.csv: a/1\.png\.") as caught:
         find_groups(f"{table}:who", features)
     assert "a/2.png" not in str(caught.value)
     assert "b/3.png" not in str(caught.value)  # the same but for spaces
@@ -150,12 +150,54 @@ def test_where_every_class_is_one_group_nothing_can_be_held_out() -> None:
         choose_rows(in_series({"": 60}), find_groups("folder:1", in_series({"": 60})))
 
 
+@pytest.mark.parametrize("by", ["folder", "folder:1"])
+def test_one_group_a_class_is_refused_with_splits_of_the_data_as_well(by: str) -> None:
+    features = gaussian_features({"train": 60, "test": 30})
+    ids = tuple(f"{features.classes[y]}/{i}.png" for i, y in enumerate(features.y))
+    features = replace(features, ids=ids)
+    with pytest.raises(
+        HeadError, match=f"every class of the training rows lies in a single group of {by}: .* Group by"
+    ):
+        fit_features(features, head="ncm", groups=find_groups(by, features))
+    single = take(features, [0, 1, 2, *range(60, 90)])  # where no other grouping could hold anything out
+    assert fit_features(single, head="ncm", groups=find_groups(by, single))[0].n_train == 3
+
+
+def test_parts_of_the_rows_are_drawn_by_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """60 series of 4 images of one class each: none is in a part in part."""
+    features = gaussian_features({"": 240})
+    series = np.arange(240) // 4
+    features = replace(features, y=series % 3, ids=tuple(f"s{s:02d}/{i}.png" for i, s in enumerate(series)))
+    groups = find_groups("folder", features)
+    rows = choose_rows(features, groups)
+    drawn = []
+    real = outlook.learning_curve
+
+    def record(y: Any, fit_and_score: Any, **options: Any) -> Any:
+        def watch(kept: Any) -> Any:
+            drawn.append(kept)
+            return fit_and_score(kept)
+
+        return real(y, watch, **options)
+
+    monkeypatch.setattr(outlook, "learning_curve", record)
+    result, _ = fit_features(features, head="ncm", groups=groups)
+    assert result.outlook.curve is not None
+    assert len(drawn) == 10
+    for kept in drawn:
+        assert set(np.bincount(series[rows.train][kept], minlength=60).tolist()) <= {0, 4}
+    # Labelled images a class are images all the same.
+    assert result.outlook.curve.rows_a_class == pytest.approx(result.n_train / 3)
+
+
 def test_splits_of_the_data_are_kept_and_what_they_share_is_counted() -> None:
     features = in_series({"train": 150, "test": 60}, series=60)  # series 00 to 49 and 50 to 59, 00 to 09
     result, _ = fit_features(features, head="ncm", groups=find_groups("folder:2", features))
     assert (result.n_train, result.metrics.n) == (150, 60)
-    assert "30 of the 60 rows scored share a group of folder:2 with rows trained on" in "; ".join(
-        result.notes
+    assert result.notes[:2] == (
+        "60 groups of folder:2, the largest of 6 rows",
+        "30 of the 60 rows scored share a group of folder:2 with rows trained on: 10 groups cross the splits "
+        "of the data, which are kept as they are",
     )
     without, _ = fit_features(features, head="ncm")
     assert "share a group" not in "; ".join(without.notes)
@@ -236,13 +278,19 @@ def test_near_copies_on_both_sides_flatter_and_groups_do_not() -> None:
         ("patient", "no grouping by patient. Group by folder, folder:N, FILE.csv:COLUMN, similar"),
         ("folder:0", "from 1, not 0"),
         ("folder:x", "from 1, not x"),
-        ("folder:3", "60 images lie in fewer than 3 folders: class0/s00/00000.png, .*, …. Group by a folder"),
+        (
+            "folder:3",
+            "60 images lie in fewer than 3 folders: class0/s00/00000.png, .* and 57 more. Group by a folder",
+        ),
         ("similar:2", "between 0 and 1, not 2"),
         ("similar:much", "between 0 and 1, not much"),
         ("none.csv:who", "none.csv cannot be read: No such file"),
         ("who.csv:whom", "who.csv has no column whom; it has path, who"),
         ("nopath.csv:who", "nopath.csv has no column path; it has file, who"),
-        ("who.csv:who", "58 images have no who in who.csv: class2/s00/00002.png, .*, …. Its column path"),
+        (
+            "who.csv:who",
+            "58 images have no who in who.csv: class2/s00/00002.png, .* and 55 more. Its column path",
+        ),
         ("bad.csv:who", "bad.csv is not a CSV in UTF-8"),
     ],
 )

@@ -143,6 +143,23 @@ def test_copies_of_an_image_are_drawn_and_count_as_one() -> None:
     assert few[0].short == 1
 
 
+def test_what_belongs_together_is_drawn_together_and_images_are_counted() -> None:
+    """8 groups of 6 images, half of each in either class."""
+    y, group = np.arange(48) % 2, np.arange(48) // 6
+    record = Recorder()
+    found = learning_curve(y, record, together=group, tries=3)
+    assert found is not None
+    assert [point.n for point in found.points] == [6, 12, 24, 48]
+    for rows in record.given:
+        assert set(np.bincount(group[rows], minlength=8).tolist()) <= {0, 6}
+    assert found.rows_a_class == 24
+    uneven = learning_curve(
+        np.zeros(10, dtype=np.int64), Recorder(), together=np.repeat([0, 1, 2, 3], [7, 1, 1, 1])
+    )
+    assert uneven is not None
+    assert 2 <= uneven.points[-2].n <= 8  # two groups of four, the mean over the drawings
+
+
 def test_parts_that_are_no_smaller_than_the_next_one_are_left_out() -> None:
     found = learning_curve(np.repeat([0, 1], 3), Recorder())
     assert found is not None

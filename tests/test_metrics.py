@@ -10,7 +10,7 @@ import pytest
 from scipy.special import softmax
 from sklearn.metrics import f1_score, precision_score, recall_score, roc_auc_score, top_k_accuracy_score
 
-from featcache.evaluate.abstain import accepted_at, choose_abstention, choose_threshold
+from featcache.evaluate.abstain import _shortest, accepted_at, choose_abstention, choose_threshold
 from featcache.evaluate.bootstrap import draws_for, interval, paired_means, resampled_sums, row_counts
 from featcache.evaluate.metrics import Metrics, expected_calibration_error, log_losses, score, wilson_interval
 from featcache.evaluate.report import class_lines, difference_interval, judge, score_lines, verdict_lines
@@ -441,6 +441,15 @@ def test_the_lowest_threshold_that_keeps_the_precision_for_sure_is_chosen() -> N
     assert (accepted.accepted, accepted.correct) == (by_hand, 300)
     assert accepted.precision_ci95 is not None
     assert accepted.precision_ci95[0] >= 0.9
+
+
+def test_the_threshold_to_be_typed_is_the_shortest_that_accepts_the_same_rows() -> None:
+    confidence = np.array([0.99, 0.97312, 0.97301, 0.9, 0.6])
+    for threshold, shortest in ((0.97312, 0.9731), (0.97301, 0.95), (0.6, 0.6), (0.99, 0.98)):
+        found = _shortest(threshold, confidence)
+        np.testing.assert_array_equal(confidence >= found, confidence >= threshold)
+        assert len(str(found)) <= len(str(shortest))
+    assert _shortest(1.0, np.array([1.0, 1 - 1e-16])) == 1.0
 
 
 def test_equal_confidences_are_accepted_together() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from featcache.cli.group import emit, main
-from featcache.cli.options import json_option, no_check_option, quiet_option, seed_option
+from featcache.cli.heads import seed_option
+from featcache.cli.options import json_option, no_check_option, quiet_option
 
 
 @main.command(short_help="Say which store, nodes or head is better, and how surely.")
@@ -30,7 +31,10 @@ from featcache.cli.options import json_option, no_check_option, quiet_option, se
     help="As for fit, by the rows of the first store.",
 )  # fmt: skip
 @no_check_option
-@seed_option
+@seed_option(
+    "Of the folds of cross-validation, of heads that draw, and of the bootstrap. Which rows are scored does "
+    "not depend on it."
+)
 @json_option
 @quiet_option
 def compare(stores: tuple[Path, ...], *, as_json: bool, quiet: bool, **options: Any) -> None:
@@ -42,9 +46,11 @@ def compare(stores: tuple[Path, ...], *, as_json: bool, quiet: bool, **options: 
     featcache compare a.h5 --head ridge --head logistic  which head
 
     Rows are joined by the bytes of their images, and split as fit splits them. Candidates are ranked by
-    cross-validation on the training rows. A paired bootstrap on the rows scored says whether the first beats
-    each of the others or is tied with it; its intervals hold for all candidates together. To pick one by its
-    score on the rows scored is to choose on them: the score of what was picked so is too high.
+    accuracy in cross-validation on the training rows, where fit chooses a head by its log-loss; of those
+    within one standard error of the first there, the cheapest is taken. A paired bootstrap on the rows scored
+    says whether the first beats each of the others or is tied with it; its intervals hold for all candidates
+    together. To pick one by its score on the rows scored is to choose on them: the score of what was picked
+    so is too high.
     """
     from featcache.commands.compare import compare as run
     from featcache.progress import make_progress

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,14 @@ from featcache.cli.options import (
     json_option,
     no_check_option,
     quiet_option,
-    seed_option,
 )
+
+SEEDS = (1 << 32) - 1  # the highest that scikit-learn draws by
+
+
+def seed_option(of: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """--seed, and what it is of."""
+    return click.option("--seed", type=click.IntRange(0, SEEDS), default=0, show_default=True, help=of)
 
 
 def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...]:
@@ -30,7 +37,8 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) 
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), metavar="MODEL",
-    help="The model file to write; its report goes to MODEL.json. Default: the name of STORE, with .model.",
+    help="The model file to write; its report goes to MODEL.json. Default: the name of STORE, with .model. A "
+    "model that is there is replaced, and named.",
 )  # fmt: skip
 @click.option(
     "--head", default="auto", show_default=True, metavar="NAME",
@@ -39,7 +47,8 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) 
 )  # fmt: skip
 @click.option(
     "--budget", type=click.FloatRange(0, min_open=True), default=60.0, show_default=True, metavar="SECONDS",
-    help="Of the competition: heads that would take longer are left out, and named.",
+    help="For choosing nodes, the competition of heads and the curve: what would take longer is left out, "
+    "and named. One head is always fitted; --shots come on top.",
 )  # fmt: skip
 @click.option(
     "--param", "params", multiple=True, metavar="KEY=VALUE",
@@ -68,7 +77,7 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) 
 @click.option(
     "--wish-precision", "precision", metavar="SHARE",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    help="Say from which probability on answers are right that often.",
+    help="Say from which probability on answers are right that often, and how to get those alone.",
 )  # fmt: skip
 @click.option(
     "--shots", callback=_numbers, metavar="N,N,…",
@@ -79,10 +88,14 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) 
 )
 @click.option(
     "--curve/--no-curve", default=None,
-    help="Fit on parts of the training rows, too, to see whether more would help. Default: where quick.",
+    help="Fit on parts of the training rows, too, to see whether more would help. Default: where --budget "
+    "leaves time.",
 )  # fmt: skip
 @no_check_option
-@seed_option
+@seed_option(
+    "Of the folds of cross-validation, of heads that draw, and of the rows of the curve and --shots. Which "
+    "rows are scored does not depend on it."
+)
 @json_option
 @quiet_option
 def fit(store: Path, *, as_json: bool, quiet: bool, params: tuple[str, ...], **options: Any) -> None:

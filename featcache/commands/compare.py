@@ -8,8 +8,9 @@ is told with intervals that hold for all of them at once.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,14 @@ from numpy.typing import NDArray
 
 from featcache.backbones import bundled, list_backbones
 from featcache.errors import StoreError
-from featcache.evaluate.comparison import Answers, Pair, compare_pairs, pair_lines
+from featcache.evaluate.comparison import COSTS, Answers, Pair, compare_pairs, pair_lines, take_cheapest
 from featcache.evaluate.groups import find_groups
 from featcache.evaluate.metrics import Metrics
 from featcache.evaluate.report import aligned_lines
 from featcache.evaluate.select import OutOfFold
 from featcache.evaluate.splits import Groups, number_units
 from featcache.fitting import AUTO, BUDGET, FitResult, HeldOut, choose_rows, fit_features
-from featcache.heads import find_head
+from featcache.fitting.choice import Wishes
 from featcache.images.paths import show_path
 from featcache.joining import join_rows
 from featcache.progress import Progress, SilentProgress
@@ -76,10 +77,20 @@ def _headline(m: Metrics | None) -> dict[str, Any] | None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Take:
+    """The candidate to take, why, and the command that fits it."""
+
+    name: str
+    why: str
+    command: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompareResult:
     """Candidates, best first by accuracy in cross-validation; the first one against each of the others.
 
-    left_out: rows of each store that are not in all of them.
+    left_out: rows of each store that are not in all of them. take: the one to take, of the first and what is
+    within one standard error of it in cross-validation; None where there was none.
     """
 
     candidates: tuple[Candidate, ...]
@@ -88,7 +99,12 @@ class CompareResult:
     trained_on: str
     scored_on: str
     left_out: Mapping[str, int]
-    cheapest: str | None  # of the best and what is tied with it, where that is not the best
+    take: Take | None
+
+    @property
+    def cheapest(self) -> str | None:
+        """The one to take, where it is not the most accurate."""
+        return None if self.take is None or self.take.name == self.candidates[0].name else self.take.name
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -100,6 +116,7 @@ class CompareResult:
             "scored_on": self.scored_on,
             "left_out": dict(self.left_out),
             "cheapest": self.cheapest,
+            "take": asdict(self.take) if self.take else None,
         }
 
     def describe(self) -> str:
@@ -113,13 +130,14 @@ class CompareResult:
         ]
         lines += ["", *_table(self.candidates), ""]
         lines += [*pair_lines(self.pairs), ""]
-        if self.cheapest:
-            lines.append(f"of the best and what is tied with it, {self.cheapest} costs least")
+        lines += _note_lines(self.candidates)
         lines.append(
-            "ranked by cross-validation on the training rows; what is picked by its score on the rows scored "
-            "has a score that is too high"
+            "ranked by accuracy in cross-validation on the training rows, where fit chooses a head by its "
+            "log-loss; what is picked by its score on the rows scored has a score that is too high"
         )
-        return "\n".join([*lines, *_note_lines(self.candidates)])
+        if self.take is None:
+            return "\n".join([*lines, "nothing could be held out to choose by: take what costs least"])
+        return "\n".join([*lines, f"take {self.take.name}: {self.take.why}", f"  {self.take.command}"])
 
 
 def compare(
@@ -143,9 +161,9 @@ def compare(
     fitted.
     """
     progress = progress or SilentProgress()
-    for head in heads:
-        if head != AUTO:
-            find_head(head)  # before hours of work
+    wishes = {head: Wishes(head=head, budget=budget) for head in heads}
+    for wish in wishes.values():
+        wish.require_savable()  # before hours of work
     opened = [FeatureStore.open(path, check=check) for path in _once_each(stores)]
     asked = [
         _Asked(which=which, store=store, text=text, nodes=keys, head=head)
@@ -164,7 +182,8 @@ def compare(
         groups = find_groups(group_by, shared.of(opened[0].features(), 0), progress=progress)
     fitted = []
     for one in asked:
-        features = shared.of(one.store.features(one.nodes), one.which)
+        with_views = wishes[one.head].uses_views  # as `fit` has it
+        features = shared.of(one.store.features(one.nodes, with_views=with_views), one.which)
         result, _ = fit_features(
             features,
             head=one.head,
@@ -174,8 +193,6 @@ def compare(
             curve=False,
             progress=progress,
         )
-        # `refit` holds the features of the search, which are large where nodes are joined.
-        result = replace(result, selection=replace(result.selection, refit=None))
         fitted.append(_Fitted(asked=one, result=result, units=_Units.of(features, groups)))
     return _result(fitted, dict(zip([str(s.path) for s in opened], shared.left_out, strict=True)), seed=seed)
 
@@ -247,7 +264,7 @@ def _result(fitted: Sequence[_Fitted], left_out: Mapping[str, int], *, seed: int
         trained_on=first.trained_on,
         scored_on=first.scored_on,
         left_out=left_out,
-        cheapest=_cheapest(candidates, pairs),
+        take=_take(candidates, fitted, pairs),
     )
 
 
@@ -331,13 +348,19 @@ def _right(answers: Sequence[HeldOut | OutOfFold]) -> NDArray[np.bool_]:
     return np.stack([one.probabilities.argmax(axis=1) == one.y for one in answers], axis=1)
 
 
-def _cheapest(candidates: Sequence[Candidate], pairs: Sequence[Pair]) -> str | None:
-    """Of the first and those tied with it everywhere, by embedding time, then parameters, then dimension."""
-    tied = [candidates[0]]
-    tied += [c for c, pair in zip(candidates[1:], pairs, strict=True) if pair.is_tied]
-    costs = [name for name in ("ms_per_image", "num_params") if all(getattr(c, name) for c in tied)]
-    cheapest = min(tied, key=lambda c: tuple(getattr(c, name) for name in (*costs, "num_features")))
-    return cheapest.name if cheapest is not candidates[0] else None
+def _take(candidates: Sequence[Candidate], fitted: Sequence[_Fitted], pairs: Sequence[Pair]) -> Take | None:
+    if candidates[0].cv is None:
+        return None
+    costs = [{name: getattr(candidate, name) for name in COSTS} for candidate in candidates]
+    taken, why = take_cheapest(pairs, costs)
+    return Take(name=candidates[taken].name, why=why, command=_fit_command(fitted[taken]))
+
+
+def _fit_command(one: _Fitted) -> str:
+    asked = one.asked
+    nodes = [part for key in asked.nodes for part in ("--node", key)]
+    head = [] if asked.head == AUTO else ["--head", asked.head]
+    return shlex.join(["featcache", "fit", show_path(asked.store.path), *nodes, *head])
 
 
 def _table(candidates: Sequence[Candidate]) -> list[str]:

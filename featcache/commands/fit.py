@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from featcache.disk import open_regular, write_atomically
-from featcache.errors import HeadError
+from featcache.disk import write_atomically
+from featcache.errors import FeatcacheError, HeadError, ModelError
 from featcache.evaluate.groups import find_groups
-from featcache.fitting import AUTO, BUDGET, FitResult, fit_features
+from featcache.fitting import AUTO, BUDGET, Files, FitResult, fit_features
+from featcache.fitting.choice import Wishes
 from featcache.fitting.nodes import pick_nodes
-from featcache.heads import HEADS, find_head
 from featcache.heads.parameters import parse_params
-from featcache.images.paths import show_path
+from featcache.images.paths import is_inside, show_path
+from featcache.model import Model
+from featcache.origin import find_origin, find_root
 from featcache.progress import Progress
+from featcache.request import EmbedRequest
+from featcache.store.files import begins_as_store
 from featcache.store.reader import FeatureStore
+from featcache.words import show_text
 
 
 def fit(
@@ -43,37 +49,51 @@ def fit(
 ) -> FitResult:
     """Fit a head on a store's features; write the model to `output` and its report beside it.
 
-    output: the store's name with the ending `.model` by default. head: "auto" lets heads compete for about
-    `budget` seconds. params: of the head, values or their text; giving a searched one ends its search.
+    output: the store's name with the ending `.model` by default; a model that is there is replaced, and named
+    in the result. (To keep the one that scores better would be to choose by the rows scored.) head: "auto"
+    lets heads compete. params: of the head, values or their text; giving a searched one ends its search.
     node: a key or several, whose vectors are put one after the other; by default the first. nodes: "all", or
     "auto" for those that inner validation chooses. class_weight: "balanced" counts every class alike.
     logit_adjustment: tau, scores are lowered by tau times the logarithm of the class's share of the training
     rows. group_by: "folder", "folder:N", "FILE.csv:COLUMN" or "similar[:COSINE]"; rows of a group stay on one
     side. precision: what rows above a threshold shall be right by. shots, tries: accuracy by images a class.
-    curve: accuracy by parts of the training rows. check: compare the store with its checksums first.
+    curve: accuracy by parts of the training rows; None: where there is time. budget: seconds, about, for
+    choosing nodes, for the competition and for that curve. check: compare the store with its checksums first.
     HeadError, StoreError, DiskError: what stands in the way, in one line.
     """
+    started = time.perf_counter()
+    wishes = Wishes(
+        head=head,
+        params=parse_params(params),
+        seed=seed,
+        budget=budget,
+        class_weight=class_weight,
+        logit_adjustment=logit_adjustment,
+    )
+    wishes.require_savable()  # before hours of work, as all that can be refused now
     with FeatureStore.open(store, check=check) as opened:
         path = Path(output) if output is not None else Path(store).with_suffix(".model")
         report_path = path.with_name(path.name + ".json")
-        _keep_stores(path, report_path)
+        _require_place(path, report_path)
         groups = find_groups(group_by, opened.features(), progress=progress) if group_by else None
-        keys, choice = pick_nodes(
+        picked = pick_nodes(
             opened,
             node=node,
             nodes=nodes,
             groups=groups,
             seed=seed,
-            class_weight=class_weight or parse_params(params).get("class_weight"),
+            class_weight=wishes.loss_weights,
+            budget=budget,
             progress=progress,
         )
-        features = opened.features(keys, with_views=_wants_views(head))
+        features = opened.features(picked.keys, with_views=wishes.uses_views)
         result, model = fit_features(
             features,
             head=head,
             params=params,
             seed=seed,
             budget=budget,
+            spent=picked.seconds,
             class_weight=class_weight,
             logit_adjustment=logit_adjustment,
             groups=groups,
@@ -84,29 +104,89 @@ def fit(
             provenance=dict(opened.provenance),
             progress=progress,
         )
+        files = _files(opened, store=Path(store), model=path)
+    replaced = _describe_model(path)
     model.save(path)
-    others = () if nodes else tuple(one.key for one in opened.spec.nodes if one.key not in keys)
-    result = replace(result, model=str(path), node_choice=choice, other_nodes=others)
+    others = () if nodes else tuple(one.key for one in opened.spec.nodes if one.key not in picked.keys)
+    result = replace(
+        result,
+        model=str(path),
+        node_choice=picked.choice,
+        other_nodes=others,
+        files=files,
+        replaced=replaced,
+        seconds=time.perf_counter() - started,
+    )
     report = json.dumps(result.to_json(), indent=2) + "\n"
     write_atomically(report_path, report.encode())
     return result
 
 
-def _wants_views(head: str) -> bool:
-    """Whether augmented vectors are of use: they are read where the store has them."""
-    kinds = [kind for kind in HEADS.values() if kind.entry] if head == AUTO else [find_head(head)]
-    return any(kind.uses_views for kind in kinds)
-
-
-def _keep_stores(*written: Path) -> None:
-    """HeadError when a file to be written is a feature store now: features cost more than a head."""
+def _require_place(*written: Path) -> None:
+    """HeadError where a file cannot be written, or is a feature store now, which costs more to make."""
     for path in written:
-        try:
-            with open_regular(path) as file:
-                is_store = file.read(4) == b"\x89HDF"
-        except OSError:
-            continue  # nothing of ours; writing will say what is wrong with it
-        if is_store:
+        if begins_as_store(path):
             raise HeadError(
                 f"{show_path(path)} is a feature store, which would be replaced. Choose another --output."
             )
+        if path.is_dir():
+            raise HeadError(f"{show_path(path)} is a folder. Name a file in it as --output.")
+        if not path.parent.is_dir():
+            raise HeadError(
+                f"there is no folder {show_path(path.parent)} for {show_path(path.name)}. Make it, or choose "
+                "another --output."
+            )
+
+
+def _describe_model(path: Path) -> str | None:
+    """What a model file that is about to be replaced says of itself; None where there is none."""
+    if not path.exists():
+        return None
+    try:
+        former = Model.load(path)
+    except ModelError:
+        return "another file"
+    accuracy, n = former.metrics.get("accuracy"), former.metrics.get("n")
+    said = f"{former.head_name} on {' + '.join(node.key for node in former.nodes)}"
+    if not isinstance(accuracy, float) or not isinstance(n, int):
+        return show_text(said)
+    return show_text(f"{said} ({100 * accuracy:.1f} % right on {n:,} rows)")
+
+
+def _files(opened: FeatureStore, *, store: Path, model: Path) -> Files:
+    """Where things are, as far as the store says it of its images."""
+    found = Files(store=str(store), model=str(model))
+    try:
+        request, origin, root = EmbedRequest.of_store(opened), find_origin(opened), find_root(opened)
+    except FeatcacheError:  # they are elsewhere now, or were never said
+        return replace(found, embed=("featcache", "embed", found.data, "-o", str(store)))
+    data = _short(origin["path"])
+    own_code = request.backbone if ":" in request.backbone else None
+    words = ("featcache", "embed", data, "-o", str(store), *_embed_options(request, origin))
+    return replace(found, data=data, images=_short(root), embed=words, own_code=own_code)
+
+
+def _embed_options(request: EmbedRequest, origin: Mapping[str, Any]) -> Iterator[str]:
+    """Those of `featcache embed` that ask for the features of the store, but for what is the default."""
+    yield from ("--backbone", request.backbone)
+    for node in request.nodes:
+        yield from ("--node", node)
+    spoken = {
+        "--weights": (request.weights, None),
+        "--seed": (request.seed, 0),
+        "--views": (request.views, 1),
+        "--precision": (request.precision, "float32"),
+        "--store-dtype": (request.store_dtype, "float32"),
+        "--root": (origin["root"], None),
+    }
+    for option, (value, default) in spoken.items():
+        if value != default:
+            yield from (option, str(value))
+    yield from ["--jpeg-scaled"] * (request.jpeg == "scaled")
+    yield from ["--follow-links"] * origin["follow_links"]
+
+
+def _short(path: str | os.PathLike[str]) -> str:
+    """A path from here where it lies below."""
+    here = os.getcwd()
+    return os.path.relpath(path, here) if is_inside(os.path.normpath(path), here) else str(path)

@@ -6,6 +6,7 @@ by cross-validation, never on the rows that are scored; what it gives there is o
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -62,7 +63,7 @@ class Abstention:
                 f"no threshold gives a precision of {self.wish:g} with confidence: in cross-validation none "
                 f"is sure to exceed {self.best:.4f}. Wish for less, or add labelled images"
             ]
-        rows = f"rows of a probability from {self.threshold:.4f}"
+        rows = f"rows of a probability from {self.threshold}"
         lines = [f"to be right {100 * self.wish:g} % of the time, answer for {rows}"]
         lines.append(f"  in cross-validation  {self.held_out.describe()}")
         if self.test is not None:
@@ -142,6 +143,7 @@ def choose_abstention(
     threshold, best = choose_threshold(*held_out, wish, units=held_out_units)
     if threshold is None:
         return Abstention(wish=wish, threshold=None, held_out=None, test=None, best=best)
+    threshold = _shortest(threshold, held_out[1].max(axis=1))
     return Abstention(
         wish=wish,
         threshold=threshold,
@@ -149,6 +151,16 @@ def choose_abstention(
         test=accepted_at(*test, threshold, units=test_units) if test is not None else None,
         best=best,
     )
+
+
+def _shortest(threshold: float, confidence: NDArray[Any]) -> float:
+    """The number of fewest digits that accepts the same rows: it is to be typed."""
+    below = float(confidence[confidence < threshold].max(initial=0.0))
+    for digits in range(1, 17):
+        found = math.floor(threshold * 10.0**digits) / 10.0**digits
+        if below < found <= threshold:
+            return found
+    return threshold
 
 
 def _effective(correct: NDArray[np.bool_], units: NDArray[np.int64] | None) -> NDArray[np.float64]:

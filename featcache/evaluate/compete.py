@@ -26,7 +26,9 @@ from featcache.evaluate.select import (
 )
 from featcache.heads import HEADS, HeadKind
 from featcache.heads.entry import Entry, Size
-from featcache.progress import Progress
+from featcache.progress import Progress, SilentProgress
+
+QUICK = 3.0  # seconds, by arithmetic, below which a head's search is not worth a bar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,12 @@ class Competition:
         """Of the lowest log-loss."""
         return min(self.contenders, key=lambda one: (one.behind, one.simplicity), default=None)
 
+    @property
+    def runner_up(self) -> Contender | None:
+        """Of the lowest log-loss but for the chosen one."""
+        others = [one for one in self.contenders if not one.chosen]
+        return min(others, key=lambda one: (one.behind, one.simplicity), default=None)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
@@ -133,35 +141,38 @@ def compete(
     why_not: Callable[[HeadKind], str | None],
     budget: float,
     seed: int,
+    spent: float = 0.0,
     progress: Progress | None = None,
 ) -> tuple[Competition, str, Selection]:
     """The competition, the head it chose, and that head's selection.
 
-    params_of: the parameters that are given for a head. why_not: a reason to leave it out. budget: seconds.
-    The simplest head whose log-loss is within one standard error of the lowest is taken.
+    params_of: the parameters that are given for a head. why_not: a reason to leave it out. budget: seconds,
+    of which so many are `spent`. The simplest head whose log-loss is within one standard error of the lowest
+    is taken.
     """
-    started = time.perf_counter()
-    size = Size(n=len(rows.y), d=rows.X.shape[1], k=rows.n_classes, folds=rows.folds.n_folds)
+    started = time.perf_counter() - spent
+    size = size_of(rows)
     field_ = sorted((k for k in HEADS.values() if k.entry), key=lambda kind: _entry(kind).simplicity)
     if not size.folds:
         kind = field_[0]
         selection = select(kind.name, kind, params_of(kind), rows=rows, seed=seed)
         return Competition(contenders=(), left_out=(), weighted=False), kind.name, selection
     found: dict[str, tuple[Selection, float]] = {}
-    left_out, planned = [], 0.0
+    left_out, planned = [], spent
     for kind in field_:
         wanted = _entry(kind).seconds(size)
-        spent = max(planned, time.perf_counter() - started)
+        gone = max(planned, time.perf_counter() - started)
         why = why_not(kind) or _unfit(_entry(kind), rows)
         if found and not why:  # one head is tried whatever the budget
-            why = _too_long(wanted, spent, budget)
+            why = _too_long(wanted, gone, budget)
         if why:
             left_out.append(LeftOut(head=kind.name, why=why))
             continue
         planned += wanted
         begun = time.perf_counter()
         try:
-            selection = select(kind.name, kind, params_of(kind), rows=rows, seed=seed, progress=progress)
+            bar = bar_for(kind, rows, progress)
+            selection = select(kind.name, kind, params_of(kind), rows=rows, seed=seed, progress=bar)
         except HeadError as error:  # the others can still be compared
             left_out.append(LeftOut(head=kind.name, why=str(error)))
             continue
@@ -175,6 +186,17 @@ def compete(
         contenders=contenders, left_out=tuple(left_out), weighted=rows.weights is not None
     )
     return competition, chosen, found[chosen][0]
+
+
+def size_of(rows: TrainingRows) -> Size:
+    """What the cost of a head follows from."""
+    return Size(n=len(rows.y), d=rows.X.shape[1], k=rows.n_classes, folds=rows.folds.n_folds)
+
+
+def bar_for(kind: HeadKind, rows: TrainingRows, progress: Progress | None) -> Progress:
+    """Where the search of a head tells how far it is: nowhere where it is quick."""
+    quick = kind.entry is not None and kind.entry.seconds(size_of(rows)) < QUICK
+    return SilentProgress() if quick or progress is None else progress
 
 
 def _entry(kind: HeadKind) -> Entry:
@@ -259,6 +281,12 @@ def _compare(found: Mapping[str, tuple[Selection, float]], rows: TrainingRows) -
     return tuple(contenders)
 
 
+_LEGEND = (
+    "  (log-loss is 0 where the true class is given all probability, and large where a wrong one is;",
+    "  ± is one standard error, which chance exceeds one time in three; tied: above the best by no more)",
+)
+
+
 def competition_lines(competition: Competition) -> list[str]:
     """The table of who took part, the reason for the choice, and who was left out."""
     chosen, best = competition.chosen, competition.best
@@ -273,6 +301,8 @@ def competition_lines(competition: Competition) -> list[str]:
             f"  {gap:>17}  {one.best.accuracy:>8.4f} ± {one.best.accuracy_se:.4f}"
             + ("  tied" if one.is_tied and one is not best else "")
         )
+    if len(competition.contenders) > 1:
+        lines += _LEGEND
     lines.append(_reason(competition, chosen, best))
     lines += _disagreement(competition, chosen)
     if competition.left_out:

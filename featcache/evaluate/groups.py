@@ -23,7 +23,7 @@ from featcache.evaluate.splits import Groups
 from featcache.images.paths import show_path
 from featcache.progress import Progress, SilentProgress
 from featcache.store.features import FeatureSet
-from featcache.words import plural, show_text
+from featcache.words import name_some, plural, show_text
 
 FOLDER, SIMILAR = "folder", "similar"
 COSINE = 0.97  # from which images count as similar
@@ -72,7 +72,7 @@ def _folders(features: FeatureSet, which: str) -> list[str | None]:
     parts = [PurePosixPath(path).parts[:-1] for path in ids]
     _refuse(
         [ids[row] for row in np.flatnonzero(features.y >= 0) if len(parts[row]) < level],
-        why=f"lie in fewer than {plural(level, 'folder')}",
+        why=(f"lies in fewer than {plural(level, 'folder')}", f"lie in fewer than {plural(level, 'folder')}"),
         then="Group by a folder that all images have.",
     )
     # By its name alone: one patient under several classes is one group.
@@ -86,12 +86,12 @@ def _column(features: FeatureSet, path: Path, column: str) -> list[str | None]:
     labelled = [features.ids[row] for row in np.flatnonzero(features.y >= 0)]
     _refuse(
         [name for name in labelled if len(found[name]) > 1],
-        why=f"have several {show_text(column)} in {show_path(path)}",
+        why=_has(f"several {show_text(column)} in {show_path(path)}"),
         then="Give every path one row, or the same value in all of them.",
     )
     _refuse(
         [name for name in labelled if not found[name]],
-        why=f"have no {show_text(column)} in {show_path(path)}",
+        why=_has(f"no {show_text(column)} in {show_path(path)}"),
         then="Its column path holds paths as the store has them, from the folder that was embedded.",
     )
     return [next(iter(found[name])) if len(found[name]) == 1 else None for name in features.ids]
@@ -120,10 +120,15 @@ def _read_column(path: Path, column: str) -> Mapping[str, set[str]]:
         raise HeadError(f"{show_path(path)} is not a CSV in UTF-8: {error}.") from error
 
 
-def _refuse(ids: Sequence[str], *, why: str, then: str) -> None:
+def _has(what: str) -> tuple[str, str]:
+    return f"has {what}", f"have {what}"
+
+
+def _refuse(ids: Sequence[str], *, why: tuple[str, str], then: str) -> None:
+    """HeadError where there are any. why: of one image, and of several."""
     if ids:
-        shown = ", ".join(show_path(name) for name in ids[:_NAMED]) + (", …" if len(ids) > _NAMED else "")
-        raise HeadError(f"{plural(len(ids), 'image')} {why}: {shown}. {then}")
+        said = f"{plural(len(ids), 'image')} {why[0] if len(ids) == 1 else why[1]}"
+        raise HeadError(f"{said}: {name_some(ids, limit=_NAMED)}. {then}")
 
 
 def _cosine(text: str) -> float:

@@ -92,8 +92,8 @@ class CurvePoint:
     """Accuracy of heads fitted on a part of the training rows, the same share of every class."""
 
     fraction: float
-    n: int
-    accuracy: float  # mean over the drawings of the part
+    n: int  # rows; where groups are drawn, the mean over the drawings
+    accuracy: float  # likewise
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -176,34 +176,40 @@ def learning_curve(
     tries: int = 3,
     seed: int = 0,
     images: NDArray[np.int64] | None = None,
+    together: NDArray[np.int64] | None = None,
     units: NDArray[np.int64] | None = None,
 ) -> LearningCurve | None:
     """Accuracy at growing fractions of the training rows, the last two of them 1/2 and 1.
 
-    y: (n_train,), 0 … n_classes - 1. images: as `few_shot` has them. units: (n_scored,), the same number for
-    rows scored that are not independent; None: all are. Every class keeps its share, and one image at least;
-    parts that are no smaller than the next one are left out. Parts of one try are nested; all rows are fitted
-    on once, a part `tries` times. None: half of the rows, one a class at least, are all of them.
+    y: (n_train,), 0 … n_classes - 1. images: as `few_shot` has them. together: (n_train,), the same number
+    for rows that are drawn together, such as those of a group; None: those of an image. units: (n_scored,),
+    the same number for rows scored that are not independent; None: all are. Every class keeps its share of
+    what is drawn together, and one at least; parts that are no smaller than the next one are left out. Parts
+    of one try are nested; all rows are fitted on once, a part `tries` times. None: half of the rows, one a
+    class at least, are all of them.
     """
     numbers = sorted(set(fractions))
     if numbers[-2:] != [0.5, 1.0] or numbers[0] <= 0:
         raise ValueError("the fractions are above 0 and end with 1/2 and 1")
-    sizes = _images_a_class(y, images)
+    together = images if together is None else together
+    sizes = _images_a_class(y, together)
     drawn = [int(_part(sizes, fraction).sum()) for fraction in numbers]
     numbers = [n for n, some, more in zip(numbers, drawn, drawn[1:], strict=False) if some < more] + [1.0]
     if len(numbers) < 2 or numbers[-2] != 0.5:
         return None
     whole = fit_and_score(np.arange(len(y))).astype(np.float64)
     right = np.empty((tries, len(numbers) - 1, len(whole)), dtype=bool)
-    counts = np.empty(len(numbers) - 1, dtype=np.int64)
+    counts = np.empty((tries, len(numbers) - 1))  # of the same rows in every try, but where groups differ
     for attempt in range(tries):
-        rank = _rank_in_class(y, images, np.random.default_rng([seed, attempt]))
+        rank = _rank_in_class(y, together, np.random.default_rng([seed, attempt]))
         for index, fraction in enumerate(numbers[:-1]):
             kept = np.flatnonzero(rank < _part(sizes, fraction)[y])
-            right[attempt, index], counts[index] = fit_and_score(kept), len(kept)
+            right[attempt, index], counts[attempt, index] = fit_and_score(kept), len(kept)
     points = [
-        CurvePoint(fraction=fraction, n=int(n), accuracy=float(hits.mean()))
-        for fraction, n, hits in zip(numbers[:-1], counts, right.swapaxes(0, 1), strict=True)
+        CurvePoint(fraction=fraction, n=round(n), accuracy=float(hits.mean()))
+        for fraction, n, hits in zip(
+            numbers[:-1], counts.mean(axis=0).tolist(), right.swapaxes(0, 1), strict=True
+        )
     ]
     points.append(CurvePoint(fraction=1.0, n=len(y), accuracy=float(whole.mean())))
     gained = whole - right[:, -1].mean(axis=0)  # (n_scored,)
@@ -217,31 +223,48 @@ def learning_curve(
         points=tuple(points),
         gain=float(gained.mean()),
         gain_se=max(math.sqrt(variance), 1 / (n_units + 2)),
-        rows_a_class=float(sizes.sum()) / int((sizes > 0).sum()),
+        rows_a_class=float(_images_a_class(y, images).sum()) / int((sizes > 0).sum()),
         n_scored=n_units,
     )
 
 
-def transfer_line(curve: LearningCurve, *, train_accuracy: float) -> str:
-    """Whether a head on these frozen features is enough, or the data are too different or too plentiful.
+Limit = Literal["nothing", "unsure", "features", "both", "labels", "rows"]
+
+
+def limit_of(curve: LearningCurve, *, train_accuracy: float) -> Limit:
+    """What stands in the way of fewer errors.
 
     The errors on all training rows say whether the features can tell the classes apart at all; the curve says
-    whether labels are what is missing.
+    whether labels are what is missing. "nothing": there are few errors; "unsure": maybe. "rows": they are
+    learned by heart, and it is not seen that more of them would help.
     """
     accuracy = curve.points[-1].accuracy
-    errors, train_errors = 1 - accuracy, 1 - train_accuracy
-    made = f"{100 * errors:.1f} % of new rows are wrong, {100 * train_errors:.1f} % of those trained on"
+    errors = 1 - accuracy
     if errors <= FEW_ERRORS:
-        return f"a head on these features is enough: {made}"
+        return "nothing"
     if 1 - wilson_interval(round(accuracy * curve.n_scored), curve.n_scored)[1] <= FEW_ERRORS:
+        return "unsure"
+    if 1 - train_accuracy >= errors / 2:
+        return "both" if curve.trend == "rising" else "features"
+    return "labels" if curve.trend == "rising" else "rows"
+
+
+def transfer_line(curve: LearningCurve, *, train_accuracy: float) -> str:
+    """Whether a head on these frozen features is enough, or the data are too different or too plentiful."""
+    errors, train_errors = 1 - curve.points[-1].accuracy, 1 - train_accuracy
+    made = f"{100 * errors:.1f} % of new rows are wrong, {100 * train_errors:.1f} % of those trained on"
+    limit = limit_of(curve, train_accuracy=train_accuracy)
+    if limit == "nothing":
+        return f"a head on these features is enough: {made}"
+    if limit == "unsure":
         return f"a head on these features may be enough: {made}, and {curve.n_scored:,} rows cannot tell more"
     tune = (
         f"or fine-tune, for which {curve.rows_a_class:,.0f} images a class are plenty"
         if curve.rows_a_class >= PLENTIFUL
         else "or fine-tune"
     )
-    if train_errors >= errors / 2:
-        both = "features and labels both limit" if curve.trend == "rising" else "the features are the limit"
+    if limit in ("features", "both"):
+        both = "features and labels both limit" if limit == "both" else "the features are the limit"
         return f"{both}: {made}. Try other nodes, another backbone, {tune}"
     return f"{_MISSING[curve.trend]}: {made}. {_REMEDY[curve.trend]}, {tune}"
 
@@ -279,10 +302,15 @@ def _images_a_class(y: NDArray[np.int64], images: NDArray[np.int64] | None) -> N
 def _rank_in_class(
     y: NDArray[np.int64], images: NDArray[np.int64] | None, rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """The place of each row's image among those of its class, in an order drawn at random."""
+    """The place of each row's image among those of its class, in an order drawn at random.
+
+    The order is one for all classes, so that a group of several is drawn as a whole, or nearly.
+    """
     label, index = _pairs(y, images)
-    order = rng.permutation(len(label))
-    order = order[np.argsort(label[order], kind="stable")]
+    number = np.arange(len(y)) if images is None else images
+    image = np.empty(len(label), dtype=np.int64)
+    image[index] = np.unique(number, return_inverse=True)[1].ravel()
+    order = np.lexsort((rng.permutation(int(image.max()) + 1)[image], label))
     starts = np.searchsorted(label[order], label[order])
     rank = np.empty(len(label), dtype=np.int64)
     rank[order] = np.arange(len(label)) - starts

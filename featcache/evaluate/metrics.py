@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from featcache.evaluate.bootstrap import DRAWS, draws_for, interval, resampled_sums, row_counts
 
 LEAST_PROBABILITY = 1e-15  # log-loss counts smaller ones as this, so that it stays finite
+_NO_CHANCE = 34.5  # nats from which a probability counts as none: that of the smallest, but for rounding
 ECE_BINS = 15
 Z95 = 1.959963984540054  # standard normal quantile of 0.975
 FULL_CONFUSION = 100  # classes up to which the confusion matrix is kept whole
@@ -53,6 +54,8 @@ class Metrics:
 
     The intervals but that of accuracy, which is Wilson's, are by bootstrap over the rows; None where that was
     not asked for, and of a single row. Rows that are not independent count as one unit in all of them.
+    no_chance: rows whose true class was given no more than `LEAST_PROBABILITY`, such as those of a class that
+    the head does not know. Each adds 34.5 to the log-loss, which says nothing of the others: nll_of_others.
     Of more than 100 classes `confusion` is None; `confusion_counts` are its cells that are not 0, as (true,
     predicted, rows), and are empty otherwise.
     """
@@ -67,6 +70,8 @@ class Metrics:
     top5_ci95: Interval | None
     nll: float  # mean log-loss, nats
     nll_ci95: Interval | None
+    no_chance: int
+    nll_of_others: float | None  # of the other rows; None without any
     ece: float
     ece_ci95: Interval | None
     auroc: float | None  # of the second of two classes; None unless both have rows
@@ -121,12 +126,15 @@ def score(
     wanted = draws_for(len(labelled), draws=draws) if n_units > 1 else 0
     sampling = _Sampling(units=units, draws=wanted, seed=seed)
     dense = _dense(pairs, len(classes)) if len(classes) <= FULL_CONFUSION else None
+    chance = rows.losses < _NO_CHANCE
     return Metrics(
         n=len(labelled),
         n_units=n_units,
         accuracy=float(rows.correct.mean()),
         accuracy_ci95=_accuracy_interval(rows.correct, units),
         **asdict(found),
+        no_chance=int((~chance).sum()),
+        nll_of_others=float(rows.losses[chance].mean()) if chance.any() else None,
         **asdict(_intervals(rows, found, len(classes), sampling)),
         classes=tuple(classes),
         confusion=dense,

@@ -21,12 +21,15 @@ from featcache.evaluate.compete import Difference, paired_difference
 from featcache.evaluate.metrics import log_losses
 from featcache.evaluate.select import finite_or_none
 from featcache.evaluate.splits import Folds
+from featcache.heads.entry import RATE
 from featcache.heads.standardize import Standardizer, rotate
 from featcache.heads.temperature import fit_temperature
 from featcache.heads.threads import in_threads
+from featcache.processors import usable_processors
 from featcache.progress import Progress, SilentProgress
 
 MOST_ROWS, MOST_SCORES = 20_000, 10_000_000  # that nodes are judged by; scores are rows x classes
+LEAST_ROWS = 2_000  # however little time there is
 MOST_FOLDS = 3
 PENALTIES = tuple(10.0**e for e in (-3, -2, -1, 0, 1, 2))  # for each training row
 
@@ -73,24 +76,52 @@ class NodeChoice:
         }
 
 
+def choice_seconds(widths: Sequence[int], *, n: int, k: int) -> float:
+    """What choosing among nodes of these widths by n rows of k classes takes here, by its arithmetic.
+
+    Should all of them be taken, one by one: half of them are then left on the average, beside most columns.
+    """
+    widths = [min(d, n) for d in widths]  # wider ones are turned onto as many axes as there are rows
+    D, m = sum(widths), len(widths)
+    products = 2.0 * n * D * D
+    singles = len(PENALTIES) * MOST_FOLDS * sum(d**3 for d in widths) / 3
+    base, near = 0.7 * D, 3 * (m - 1)  # of each step, three penalties are tried
+    added = base**3 / 3 + sum(base**2 * d + base * d**2 + d**3 / 3 for d in widths) / 2
+    fits = 2.0 * (singles + near * MOST_FOLDS * added)  # in float64, which takes twice as long
+    scores = 2.0 * n * D * m * k * (len(PENALTIES) + near / 2)
+    return (products + fits + scores) / (RATE * usable_processors())
+
+
+def rows_within(seconds: float, widths: Sequence[int], *, n: int, k: int) -> int:
+    """Of n training rows, so many as nodes are judged by in this time, and `LEAST_ROWS` at least."""
+    most = min(n, MOST_ROWS, max(MOST_SCORES // k, 1))
+    least = min(most, LEAST_ROWS)
+    while most > least and choice_seconds(widths, n=most, k=k) > seconds:
+        most = max(9 * most // 10, least)
+    return most
+
+
 def choose_nodes(
     parts: Mapping[str, NDArray[Any]],
     y: NDArray[np.int64],
     folds: Folds,
     *,
+    rows: NDArray[np.int64] | None = None,
     weights: NDArray[np.float64] | None = None,
+    most: int = MOST_ROWS,
     progress: Progress | None = None,
 ) -> NodeChoice:
     """Nodes by the features of the training rows that each has.
 
-    parts: for each node, ndarray of shape (n_samples, num_features). y: (n_samples,), 0 … n_classes - 1.
-    weights: (n_samples,), of the rows where fits and losses are weighted. ValueError without folds: nothing
+    parts: for each node, an array of vectors. rows: which of these are the training rows, (n_samples,),
+    ascending; None: all are. y: (n_samples,), 0 … n_classes - 1. weights: (n_samples,), of the rows where
+    fits and losses are weighted. most: the rows that nodes are judged by. ValueError without folds: nothing
     can be compared.
     """
     if not folds.n_folds:
         raise ValueError("no row could be held out, so that nodes cannot be compared")
     progress = progress or SilentProgress()
-    judge = _Judge(parts, y, folds, weights)
+    judge = _Judge(parts, y, folds, weights, rows=rows, most=most)
     progress.start("choosing nodes", total=len(parts), unit="nodes")
     singles = judge.extend((), tuple(parts))
     best = min(singles, key=_cost)
@@ -136,17 +167,21 @@ class _Judge:
         y: NDArray[np.int64],
         folds: Folds,
         weights: NDArray[np.float64] | None = None,
+        *,
+        rows: NDArray[np.int64] | None = None,
+        most: int = MOST_ROWS,
     ) -> None:
         held = np.flatnonzero(folds.held_out)
         self.K = int(y.max()) + 1
-        most = min(MOST_ROWS, max(MOST_SCORES // self.K, 1))
+        most = min(most, MOST_ROWS, max(MOST_SCORES // self.K, 1))
         some = _thinned(held, folds.fold[held] % MOST_FOLDS, most)
         self.y, self.fold = y[some], folds.fold[some] % MOST_FOLDS
         self.weight = np.ones(len(some)) if weights is None else weights[some] / weights[some].mean()
         self.unit = None if folds.unit is None else folds.unit[some]
         self.n_folds = int(self.fold.max()) + 1
         self.widths = {key: X.shape[1] for key, X in parts.items()}
-        blocks = [_standardised(X[some]) for X in parts.values()]
+        taken = some if rows is None else rows[some]  # of the many rows there may be, these alone are read
+        blocks = [_standardised(X[taken]) for X in parts.values()]
         ends = np.cumsum([0, *(block.shape[1] for block in blocks)])
         self.columns = {key: np.arange(ends[i], ends[i + 1]) for i, key in enumerate(parts)}
         Z = np.concatenate(blocks, axis=1)
@@ -303,7 +338,8 @@ def choice_lines(choice: NodeChoice) -> list[str]:
     """The way to the nodes that were chosen."""
     lines = [
         f"nodes chosen by ridge regression in {choice.n_folds}-fold cross-validation on {choice.n_rows:,} "
-        "training rows:",
+        "training rows, from the best one on, while the next lowers the log-loss by more than its standard "
+        "error:",
         f"  {'node':<20}  {'log-loss':>8}  {'accuracy':>8}  {'lower by':>17}",
     ]
     for index, step in enumerate(choice.steps):

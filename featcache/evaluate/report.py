@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from featcache.evaluate.metrics import ClassMetrics, Interval, Metrics, wilson_interval
 from featcache.images.paths import show_path
-from featcache.words import show_text
+from featcache.words import plural, show_text
 
 SHOWN_CLASSES = 15  # up to so many, the report draws the confusion matrix
 WORST_CLASSES = 10
@@ -24,18 +24,28 @@ def score_lines(
     m: Metrics, *, on: str, train_accuracy: float | None = None, uncalibrated_ece: float | None = None
 ) -> list[str]:
     """The scores with their intervals. uncalibrated_ece: of the same rows at a temperature of 1."""
-    before = "" if uncalibrated_ece is None else f", {uncalibrated_ece:.4f} before its temperature"
+    before = "" if uncalibrated_ece is None else f"; {uncalibrated_ece:.4f} before its temperature"
     lines = [
-        f"scored on {m.n:,} rows{_units(m)}: {on}",
+        f"scored on {plural(m.n, 'row')}{_units(m)}: {on}",
         _line("accuracy", m.accuracy, m.accuracy_ci95, first=True),
         _line("mean per class", m.mean_per_class_accuracy, m.mean_per_class_accuracy_ci95),
         _line("in the top 5", m.top5, m.top5_ci95),
         _line("area under ROC", m.auroc, m.auroc_ci95),
-        _line("log-loss", m.nll, m.nll_ci95),
+        _line("log-loss", m.nll, m.nll_ci95) + _no_chance(m),
         _line("calibration error", m.ece, m.ece_ci95) + before,
         _line("accuracy on train", train_accuracy, None),
+        "  (log-loss is 0 where the true class is given all probability, and large where a wrong one is;",
+        "  the calibration error is how far probabilities are from the share that is right, on average)",
     ]
     return [line for line in lines if line]
+
+
+def _no_chance(m: Metrics) -> str:
+    if not m.no_chance:
+        return ""
+    others = "" if m.nll_of_others is None else f"; {m.nll_of_others:.4f} without them"
+    given = f"{plural(m.no_chance, 'row')} whose true class was given no probability"
+    return f", with {given}, such as of classes not trained on{others}"
 
 
 def _units(m: Metrics) -> str:
@@ -66,7 +76,10 @@ def class_lines(m: Metrics) -> list[str]:
 def _matrix_lines(m: Metrics) -> list[str]:
     table = m.confusion or ()
     width = 1 + max(len(str(count)) for row in table for count in row)
-    lines = ["true class (rows) against predicted (columns, in the same order); recall, precision, F1"]
+    lines = [
+        "true class (rows) against predicted (columns, in the same order); recall: of its rows, found; "
+        "precision: of what is called so, right; F1: between the two"
+    ]
     for row, own in zip(table, m.per_class, strict=True):
         counts = "".join(f"{count:>{width}}" for count in row)
         lines.append(f"  {counts}   {_share(own.accuracy)} {_share(own.precision)} {_share(own.f1)}  "

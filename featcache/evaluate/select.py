@@ -277,15 +277,17 @@ class _Search:
 
     def _tables(self, candidates: Sequence[Mapping[str, Any]]) -> Iterator[NDArray[Any]]:
         """The scores (N, K) of each candidate."""
-        label = f"choosing {' and '.join(self.searched)} of {self.name}" if self.searched else "calibrating"
+        what = f"choosing {' and '.join(self.searched)} of" if self.searched else "cross-validating"
         if self.path is None:
-            yield from self._fold_by_fold(candidates, label)
+            yield from self._fold_by_fold(candidates, f"{what} {self.name}")
             return
-        self.progress.start(label, total=len(candidates), unit="candidates")
+        # A bar of one step says nothing, and a grid that grows would leave one for every step.
+        progress = self.progress if len(candidates) > 1 else SilentProgress()
+        progress.start(f"{what} {self.name}", total=len(candidates), unit="candidates")
         for table in self.path.scores(candidates):
-            self.progress.advance(1)
+            progress.advance(1)
             yield table
-        self.progress.finish()
+        progress.finish()
 
     def _fold_by_fold(self, candidates: Sequence[Mapping[str, Any]], label: str) -> NDArray[np.float64]:
         """(V, N, K), of a head fitted anew for every fold."""

@@ -15,7 +15,7 @@ import numpy as np
 from featcache.evaluate.splits import Groups
 from featcache.fitting.choice import AUTO, BUDGET, Choice, Wishes, choose_head, fit_head
 from featcache.fitting.outlook import look_ahead
-from featcache.fitting.result import FitResult
+from featcache.fitting.result import Files, FitResult
 from featcache.fitting.rows import Rows, choose_rows, training_rows
 from featcache.fitting.scoring import HeldOut, score_head
 from featcache.heads.parameters import parse_params
@@ -23,7 +23,7 @@ from featcache.model import Model, image_keys
 from featcache.progress import Progress, SilentProgress
 from featcache.store.features import FeatureSet
 
-__all__ = ["AUTO", "BUDGET", "FitResult", "HeldOut", "Rows", "choose_rows", "fit_features"]
+__all__ = ["AUTO", "BUDGET", "Files", "FitResult", "HeldOut", "Rows", "choose_rows", "fit_features"]
 
 
 def fit_features(
@@ -33,6 +33,7 @@ def fit_features(
     params: Mapping[str, Any] | None = None,
     seed: int = 0,
     budget: float = BUDGET,
+    spent: float = 0.0,
     class_weight: str | None = None,
     logit_adjustment: float | None = None,
     groups: Groups | None = None,
@@ -45,10 +46,15 @@ def fit_features(
 ) -> tuple[FitResult, Model]:
     """`fit` on features in memory, writing nothing.
 
-    groups: of the rows of `features`, never split between what is fitted and what is scored. The other
-    options are those of `featcache.fit`. HeadError: what stands in the way, in one line.
+    groups: of the rows of `features`, never split between what is fitted and what is scored. spent: seconds
+    of the budget that are gone. The other options are those of `featcache.fit`. HeadError: what stands in the
+    way, in one line.
     """
     started = time.perf_counter()
+    if tries < 1 or any(number < 1 for number in shots):
+        raise ValueError("shots and tries are numbers from 1")
+    if precision is not None and not 0 < precision < 1:
+        raise ValueError(f"a precision is wished for between 0 and 1, not {precision!r}")
     wishes = Wishes(
         head=head,
         params=parse_params(params),
@@ -56,16 +62,33 @@ def fit_features(
         budget=budget,
         class_weight=class_weight,
         logit_adjustment=logit_adjustment,
+        spent=spent,
     )
     rows = choose_rows(features, groups)
     known = np.unique(features.y[rows.train])
     training = training_rows(features, rows, wishes.loss_weights, seed=seed)
     choice = choose_head(wishes, training, progress=progress or SilentProgress())
     fitted = fit_head(choice, wishes, training)
+    choice = choice.without_search()
     scored = score_head(fitted, choice, features, rows, training, known=known, precision=precision)
     outlook = look_ahead(
-        choice, wishes, training, scored, features=features, rows=rows, shots=shots, tries=tries, curve=curve
+        choice,
+        wishes,
+        training,
+        scored,
+        features=features,
+        rows=rows,
+        shots=shots,
+        tries=tries,
+        curve=curve,
+        left=budget - spent - (time.perf_counter() - started),
+        progress=progress,
     )
+    notes = [*rows.notes, *choice.selection.notes, *fitted.notes, *outlook.notes]
+    if precision is not None and scored.abstention is None:
+        notes.append(
+            f"no threshold for a precision of {precision:g}: no row could be held out to choose it by"
+        )
     result = FitResult(
         head=choice.head,
         asked=head,
@@ -88,8 +111,10 @@ def fit_features(
         seconds=time.perf_counter() - started,
         fingerprint=features.spec.fingerprint(),
         model=None,
-        notes=(*rows.notes, *choice.selection.notes, *fitted.notes, *outlook.notes),
+        notes=tuple(notes),
         held_out=scored.held_out,
+        untrained=tuple(features.classes[k] for k in np.setdiff1d(features.y[rows.test], known)),
+        grouped_by=groups.by if groups else None,
     )
     model = _model(result, choice, fitted, features, known, provenance or {})
     return result, replace(model, trained_on=np.unique(image_keys(features.sha256[rows.train])))

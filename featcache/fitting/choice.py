@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featcache.errors import HeadError
-from featcache.evaluate.compete import Competition, compete
+from featcache.evaluate.compete import Competition, bar_for, compete
 from featcache.evaluate.select import Selection, TrainingRows, select
 from featcache.heads import HEADS, HeadKind, build_head, find_head
 from featcache.progress import Progress
@@ -28,23 +28,26 @@ BALANCED = "balanced"
 class Wishes:
     """What was asked for; HeadError where it does not go together, before any work.
 
-    head: a name, or AUTO. params: of the head. class_weight: BALANCED counts every class alike, None every
-    row. logit_adjustment: tau, the scores of class k are lowered by tau log p_k, its share of the training
-    rows.
+    head: a name, or AUTO. params: of the head. budget: seconds, `spent` of which are gone already.
+    class_weight: BALANCED counts every class alike, None every row. logit_adjustment: tau, the scores of
+    class k are lowered by tau log p_k, its share of the training rows.
     """
 
-    head: str
-    params: Mapping[str, Any]
-    seed: int
-    budget: float
-    class_weight: str | None
-    logit_adjustment: float | None
+    head: str = AUTO
+    params: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    budget: float = BUDGET
+    spent: float = 0.0
+    class_weight: str | None = None
+    logit_adjustment: float | None = None
 
     def __post_init__(self) -> None:
         if self.class_weight not in (None, BALANCED):
             raise HeadError(f"class_weight is {BALANCED!r} or None, not {self.class_weight!r}")
         if self.logit_adjustment is not None and not 0 < self.logit_adjustment < float("inf"):
             raise HeadError(f"the logit adjustment is a number above 0, not {self.logit_adjustment!r}")
+        if not self.budget > 0:
+            raise HeadError(f"the budget is a number of seconds above 0, not {self.budget:g}")
         if self.head == AUTO:
             self._check_auto()
             return
@@ -65,13 +68,23 @@ class Wishes:
                 f"{next(iter(self.params))!r} is a parameter of one head, and {AUTO} chooses among several. "
                 "Name the head as well: --head logistic."
             )
-        if not self.budget > 0:
-            raise HeadError(f"the budget is a number of seconds above 0, not {self.budget:g}")
 
     @property
     def loss_weights(self) -> str | None:
         """How rows are weighted where losses are compared: as they are when heads are fitted."""
         return self.class_weight or self.params.get("class_weight")
+
+    def require_savable(self) -> None:
+        """HeadError where the head could be fitted and not be written."""
+        if self.head != AUTO:
+            build_head(self.head, self.params, seed=self.seed).require_savable()
+
+    @property
+    def uses_views(self) -> bool:
+        """Whether augmented vectors are of use, to the head or to one that competes."""
+        if self.head != AUTO:
+            return find_head(self.head).uses_views
+        return any(kind.uses_views for kind in HEADS.values() if kind.entry)
 
     def given(self, kind: HeadKind) -> dict[str, Any]:
         """The parameters that are given for a head."""
@@ -101,15 +114,18 @@ class Choice:
     competition: Competition | None  # None where a head was asked for
     offsets: NDArray[np.float64] | None  # (K,), what the logit adjustment adds to the scores
 
+    def without_search(self) -> Choice:
+        """The same without what the search holds for `fit_head`, which may be as large as the features."""
+        return replace(self, selection=replace(self.selection, refit=None))
+
 
 def choose_head(wishes: Wishes, rows: TrainingRows, *, progress: Progress) -> Choice:
     """By cross-validation on the training rows."""
     offsets = _offsets(wishes.logit_adjustment, rows)
     if wishes.head != AUTO:
         kind = find_head(wishes.head)
-        selection = select(
-            wishes.head, kind, wishes.given(kind), rows=rows, seed=wishes.seed, progress=progress
-        )
+        bar = bar_for(kind, rows, progress)
+        selection = select(wishes.head, kind, wishes.given(kind), rows=rows, seed=wishes.seed, progress=bar)
         return Choice(head=wishes.head, kind=kind, selection=selection, competition=None, offsets=offsets)
     competition, head, selection = compete(
         rows,
@@ -117,6 +133,7 @@ def choose_head(wishes: Wishes, rows: TrainingRows, *, progress: Progress) -> Ch
         why_not=wishes.why_not,
         budget=wishes.budget,
         seed=wishes.seed,
+        spent=wishes.spent,
         progress=progress,
     )
     return Choice(head=head, kind=HEADS[head], selection=selection, competition=competition, offsets=offsets)

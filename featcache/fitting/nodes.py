@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import shlex
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from featcache.errors import HeadError
-from featcache.evaluate.nodes import NodeChoice, choose_nodes
+from featcache.errors import HeadError, StoreError
+from featcache.evaluate.compete import QUICK
+from featcache.evaluate.nodes import NodeChoice, choice_seconds, choose_nodes, rows_within
 from featcache.evaluate.splits import Groups, make_folds
-from featcache.fitting.choice import BALANCED
-from featcache.fitting.rows import choose_rows, take_rows
-from featcache.progress import Progress
+from featcache.fitting.choice import BALANCED, BUDGET
+from featcache.fitting.rows import choose_rows
+from featcache.heads.parameters import nearest
+from featcache.images.paths import show_path
+from featcache.progress import Progress, SilentProgress
 from featcache.store.reader import FeatureStore
 
 AUTO, ALL = "auto", "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PickedNodes:
+    """The keys of nodes. choice: None where they were asked for. seconds: that it took, or was to take."""
+
+    keys: tuple[str, ...]
+    choice: NodeChoice | None = None
+    seconds: float = 0.0
 
 
 def pick_nodes(
@@ -26,15 +41,16 @@ def pick_nodes(
     groups: Groups | None,
     seed: int,
     class_weight: Any = None,
+    budget: float = BUDGET,
     progress: Progress | None = None,
-) -> tuple[tuple[str, ...], NodeChoice | None]:
-    """The keys, and how they were chosen where they were: on the training rows alone.
+) -> PickedNodes:
+    """The nodes that are named, all, or those that are chosen on the training rows.
 
-    class_weight: where it is "balanced", every class counts alike; another one is of the head alone.
+    class_weight: where it is "balanced", every class counts alike; another one is of the head alone. budget:
+    seconds for the choice of nodes and of a head, of which the nodes take half at most where they can.
     """
     if nodes is None:
-        wanted = (node or None,) if node is None or isinstance(node, str) else tuple(node) or (None,)
-        return tuple(dict.fromkeys(store.node(key).key for key in wanted)), None
+        return PickedNodes(keys=_named(store, node))
     if nodes not in (AUTO, ALL):
         raise HeadError(
             f"nodes are {AUTO!r} or {ALL!r}, not {nodes!r}. To name nodes: --node KEY, repeatable."
@@ -43,9 +59,34 @@ def pick_nodes(
         raise HeadError(f"nodes are named, or {nodes}: leave one of the two options away.")
     keys = tuple(one.key for one in store.spec.nodes)
     if nodes == ALL or len(keys) == 1:
-        return keys, None
+        return PickedNodes(keys=keys)
     balanced = isinstance(class_weight, str) and class_weight == BALANCED
-    return _choose(store, keys, groups=groups, seed=seed, balanced=balanced, progress=progress)
+    return _choose(
+        store,
+        keys,
+        groups=groups,
+        seed=seed,
+        balanced=balanced,
+        budget=budget,
+        progress=progress or SilentProgress(),
+    )
+
+
+def _named(store: FeatureStore, node: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Each once; the first of the store where none is named."""
+    there = [one.key for one in store.spec.nodes]
+    wanted = ([node] if isinstance(node, str) else list(node or ())) or there[:1]
+    for key in wanted:
+        if key not in there:
+            parts = key.split("+")
+            hint = f"Did you mean {nearest(key, there)}?"
+            if len(parts) > 1:
+                joined = " ".join(f"--node {shlex.quote(part)}" for part in parts)
+                hint = f"Several nodes are given one by one: {joined}."
+            raise StoreError(
+                f"{show_path(store.path)} has no node {key!r}; it holds {', '.join(there)}. {hint}"
+            )
+    return tuple(dict.fromkeys(wanted))
 
 
 def _choose(
@@ -55,8 +96,9 @@ def _choose(
     groups: Groups | None,
     seed: int,
     balanced: bool,
-    progress: Progress | None,
-) -> tuple[tuple[str, ...], NodeChoice | None]:
+    budget: float,
+    progress: Progress,
+) -> PickedNodes:
     from featcache.heads.base import class_weights
 
     sets = {key: store.features(key) for key in keys}
@@ -66,8 +108,26 @@ def _choose(
     some = groups.take(rows.train) if groups else None
     folds = make_folds(first.sha256[rows.train], y, seed=seed, groups=some)
     if not folds.n_folds or y.max() == 0:  # what is wrong with these rows is said where a head is fitted
-        return keys[:1], None
-    parts = {key: take_rows(one.X, rows.train) for key, one in sets.items()}
-    weights = class_weights(BALANCED, y, n_classes=int(y.max()) + 1)[y] if balanced else None
-    choice = choose_nodes(parts, y, folds, weights=weights, progress=progress)
-    return choice.nodes, choice
+        return PickedNodes(keys=keys[:1])
+    k = int(y.max()) + 1
+    widths = [one.X.shape[1] for one in sets.values()]
+    most = rows_within(budget / 2, widths, n=len(y), k=k)
+    planned = choice_seconds(widths, n=most, k=k)
+    if planned >= QUICK:
+        progress.note(
+            f"choosing among {len(keys)} nodes by {most:,} rows takes about {planned:,.0f} s of the "
+            f"{budget:g} s of --budget"
+        )
+    weights = class_weights(BALANCED, y, n_classes=k)[y] if balanced else None
+    started = time.perf_counter()
+    choice = choose_nodes(
+        {key: one.X for key, one in sets.items()},
+        y,
+        folds,
+        rows=rows.train,
+        weights=weights,
+        most=most,
+        progress=progress if planned >= QUICK else None,
+    )
+    seconds = max(planned, time.perf_counter() - started)
+    return PickedNodes(keys=choice.nodes, choice=choice, seconds=seconds)

@@ -6,7 +6,9 @@ by the answers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,10 +17,13 @@ from numpy.typing import NDArray
 
 from featcache.errors import HeadError
 from featcache.evaluate.learning import (
+    FRACTIONS,
     LearningCurve,
+    Limit,
     Shots,
     few_shot,
     learning_curve,
+    limit_of,
     shots_lines,
     transfer_line,
 )
@@ -28,7 +33,7 @@ from featcache.fitting.choice import Choice, Wishes, choose_head, fit_head, head
 from featcache.fitting.rows import Rows, loss_weights, take_rows
 from featcache.fitting.scoring import Scored
 from featcache.heads import build_head
-from featcache.progress import SilentProgress
+from featcache.progress import Progress, SilentProgress
 from featcache.store.features import FeatureSet
 from featcache.words import plural
 
@@ -56,6 +61,11 @@ class Outlook:
         lines = shots_lines(self.shots) if self.shots else []
         return lines + (self.curve.lines() if self.curve else [])
 
+    @property
+    def limit(self) -> Limit | None:
+        """What stands in the way of fewer errors; None without a curve."""
+        return limit_of(self.curve, train_accuracy=self.train_accuracy) if self.curve else None
+
     def sentence(self) -> str | None:
         """Whether a head on these features is enough; None without a curve."""
         return transfer_line(self.curve, train_accuracy=self.train_accuracy) if self.curve else None
@@ -72,44 +82,100 @@ def look_ahead(
     shots: Sequence[int],
     tries: int,
     curve: bool | None,
+    left: float = math.inf,
+    progress: Progress | None = None,
 ) -> Outlook:
-    """curve: None draws it where the head is one that competes, which are quick to fit again.
+    """curve: None draws it where the head is one that competes, in `left` seconds or not at all.
 
     A head that cannot be fitted on fewer rows is a note: the one on all of them is there.
     """
-    if tries < 1 or any(number < 1 for number in shots):
-        raise ValueError("shots and tries are numbers from 1")
     again = _Again(choice, wishes, training, scored, features=features, rows=rows)
-    few: list[Shots] = []
-    drawn, notes = None, []
-    for number in sorted(set(shots)):
-        try:
-            with head_errors(choice.head, doing="fitted on fewer rows"):
-                few += few_shot(
-                    training.y,
-                    again.searched,
-                    shots=[number],
-                    tries=tries,
-                    seed=wishes.seed,
-                    images=again.images,
-                )
-        except HeadError as error:
-            notes.append(f"no accuracy by {plural(number, 'labelled image')} a class: {error}")
+    few, few_notes = _few_shots(again, shots, tries, progress or SilentProgress())
+    drawn, notes = None, list(few_notes)
     if curve or (curve is None and choice.kind.entry and len(training.y) >= LEAST_ROWS):
         attempts = 3 if len(training.y) <= FEW_ROWS else 1
+        parts = attempts * sum(FRACTIONS[:-1]) * len(training.y)
+        pace = _Pace(whole=len(training.y), parts=parts, seconds=math.inf if curve else left)
         try:
             with head_errors(choice.head, doing="fitted on fewer rows"):
                 drawn = learning_curve(
                     training.y,
-                    again.fitted,
+                    lambda kept: pace.keep(kept, again.fitted),
                     tries=attempts,
                     seed=wishes.seed,
                     images=again.images,
+                    together=again.together,
                     units=again.units,
                 )
         except HeadError as error:
             notes.append(f"no accuracy by training rows: {error}")
+        except _TooSlow as slow:
+            notes.append(
+                f"no accuracy by training rows: {slow} of the {wishes.budget:g} s of --budget; --curve asks "
+                "for it all the same"
+            )
     return Outlook(shots=tuple(few), curve=drawn, train_accuracy=scored.train_accuracy, notes=tuple(notes))
+
+
+def _few_shots(
+    again: _Again, shots: Sequence[int], tries: int, progress: Progress
+) -> tuple[list[Shots], list[str]]:
+    found: list[Shots] = []
+    notes = []
+    for number in sorted(set(shots)):
+        images = plural(number, "labelled image")
+        progress.start(f"fitting on {images} a class", total=tries, unit="drawings")
+
+        def searched(kept: NDArray[np.int64]) -> NDArray[np.bool_]:
+            right = again.searched(kept)
+            progress.advance(1)
+            return right
+
+        try:
+            with head_errors(again.choice.head, doing="fitted on fewer rows"):
+                found += few_shot(
+                    again.training.y,
+                    searched,
+                    shots=[number],
+                    tries=tries,
+                    seed=again.wishes.seed,
+                    images=again.images,
+                )
+        except HeadError as error:
+            notes.append(f"no accuracy by {images} a class: {error}")
+        progress.finish()
+    return found, notes
+
+
+class _TooSlow(Exception):
+    """More fits would take longer than there is time."""
+
+
+class _Pace:
+    """Fits on parts of the rows while, by what a row took so far, all of them end in time.
+
+    whole: all rows, which are fitted already. parts: the rows of all parts together.
+    """
+
+    def __init__(self, *, whole: int, parts: float, seconds: float) -> None:
+        self.whole, self.parts, self.seconds = whole, parts, seconds
+        self.fitted, self.started = 0, time.perf_counter()
+
+    def keep(
+        self, kept: NDArray[np.int64], fit: Callable[[NDArray[np.int64]], NDArray[np.bool_]]
+    ) -> NDArray[np.bool_]:
+        if len(kept) == self.whole:
+            return fit(kept)
+        expected = 0.0
+        if self.fitted:
+            expected = (time.perf_counter() - self.started) * self.parts / self.fitted
+        if self.seconds <= 0:
+            raise _TooSlow("nothing is left")
+        if expected > self.seconds:
+            raise _TooSlow(f"it would take about {expected:,.0f} s, with {self.seconds:,.0f} s left")
+        right = fit(kept)
+        self.fitted += len(kept)
+        return right
 
 
 class _Again:
@@ -131,6 +197,7 @@ class _Again:
         self.sha256 = features.sha256[rows.train]
         self.groups = rows.groups.take(rows.train) if rows.groups else None
         self.images = number_units(self.sha256)
+        self.together = number_units(self.sha256, self.groups)
         scored_groups = rows.groups.take(rows.test) if rows.groups else None
         self.units = number_units(features.sha256[rows.test], scored_groups)
 

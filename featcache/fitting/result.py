@@ -13,8 +13,26 @@ from featcache.evaluate.metrics import Metrics
 from featcache.evaluate.nodes import NodeChoice
 from featcache.evaluate.report import Verdict, judge
 from featcache.evaluate.select import Selection
+from featcache.fitting.advice import advise
 from featcache.fitting.outlook import Outlook
 from featcache.fitting.scoring import HeldOut
+from featcache.fitting.summary import summarise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """Where things are, for commands that can be pasted; a word in capitals where that is not known.
+
+    data: what was embedded; images: the folder they lie in. embed: the command that brings the store up to
+    date. own_code: the user's own backbone, `module:function`, which has to be allowed by its name.
+    """
+
+    store: str = "STORE.h5"
+    model: str = "MODEL"
+    data: str = "DATA"
+    images: str = "IMAGES"
+    embed: tuple[str, ...] = ("featcache", "embed", "DATA", "-o", "STORE.h5")
+    own_code: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +64,10 @@ class FitResult:
     held_out: HeldOut = field(compare=False, repr=False)
     node_choice: NodeChoice | None = None  # None where the nodes were asked for
     other_nodes: tuple[str, ...] = ()  # that the store has besides
+    untrained: tuple[str, ...] = ()  # classes of rows scored that no training row has
+    grouped_by: str | None = None
+    files: Files = Files()
+    replaced: str | None = None  # what the model file was before, in words
 
     @property
     def chosen_by(self) -> str | None:
@@ -91,7 +113,11 @@ class FitResult:
             "seconds": self.seconds,
             "fingerprint": self.fingerprint,
             "model": self.model,
+            "untrained": list(self.untrained),
+            "replaced": self.replaced,
             "notes": list(self.notes),
+            "summary": summarise(self),
+            "next": advise(self).to_json(),
         }
 
     def describe(self) -> str:

@@ -5,7 +5,8 @@ Knows labels, splits, digests and groups, and takes features without looking at 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from featcache.errors import HeadError
 from featcache.evaluate.select import TrainingRows
 from featcache.evaluate.splits import Groups, hold_out, make_folds
 from featcache.store.features import FeatureSet
+from featcache.words import name_some, plural
 
 A_FIFTH = 0.025  # shares that are called so differ by no more
 
@@ -46,43 +48,67 @@ def choose_rows(features: FeatureSet, groups: Groups | None = None) -> Rows:
         )
     splits = {name: labelled & (features.splits == name) for name in ("train", "val", "test", "")}
     has = {name: bool(rows.any()) for name, rows in splits.items()}
-    notes = []
     if not has["train"] and (has["val"] or has["test"]):
         raise HeadError(
             "the data has no train rows, only "
             f"{' and '.join(name for name in ('val', 'test') if has[name])}. Embed the training images too."
         )
-    if not (has["val"] or has["test"]):
-        name = "train" if has["train"] else ""
-        pool = np.flatnonzero(splits[name])
-        held = hold_out(features.sha256[pool], features.y[pool], groups.take(pool) if groups else None)
-        train, test = pool[~held], pool[held]
-        whole = "train split" if name else "images"
-        trained_on = f"the rest of the {whole}"
-        share = held.mean() if len(held) else 0.0
-        part = "a fifth" if abs(share - 0.2) <= A_FIFTH else f"{100 * share:.0f} %"
-        scored_on = f"{part} of the {whole}, held out by content"
-        if groups:
-            scored_on = f"some of the {whole}, held out by whole groups of {groups.by}"
-        if not len(test) or not len(train):
-            raise HeadError(_nothing_held_out(groups))
+    if has["val"] or has["test"]:
+        rows = _keep_splits(splits, features.y, groups)
     else:
-        both = has["val"] and has["test"]
-        train = np.flatnonzero(splits["train"] | splits["val"] if both else splits["train"])
-        scored_on = "test" if has["test"] else "val"
-        trained_on = "train and val" if both else "train"
-        test = np.flatnonzero(splits[scored_on])
-        if both:
-            notes.append("val rows joined the training rows; test was scored")
+        whole = "train split" if has["train"] else "images"
+        pool = np.flatnonzero(splits["train" if has["train"] else ""])
+        rows = _draw_split(features, pool, groups, whole=whole)
+    notes = list(rows.notes)
     if has["train"] and has[""]:
-        notes.append(f"{int(splits[''].sum())} labelled rows without a split were left out")
-    notes += _warn_of(features, train, test, groups)
+        left = plural(int(splits[""].sum()), "labelled row")
+        notes.append(f"{left} without a split {'was' if splits[''].sum() == 1 else 'were'} left out")
+    notes += _warn_of(features, rows.train, rows.test, groups)
+    return replace(rows, notes=tuple(notes))
+
+
+def _keep_splits(
+    splits: Mapping[str, NDArray[np.bool_]], y: NDArray[np.int64], groups: Groups | None
+) -> Rows:
+    both = bool(splits["val"].any() and splits["test"].any())
+    train = np.flatnonzero(splits["train"] | splits["val"] if both else splits["train"])
+    scored_on = "test" if splits["test"].any() else "val"
+    if groups and _are_single(groups.index[train], y[train]):
+        raise HeadError(
+            f"every class of the training rows lies in a single group of {groups.by}: no group can be held "
+            "out to choose a head by. Group by something finer, or leave the grouping away."
+        )
+    return Rows(
+        train=train,
+        test=np.flatnonzero(splits[scored_on]),
+        trained_on="train and val" if both else "train",
+        scored_on=scored_on,
+        notes=("val rows joined the training rows; test was scored",) if both else (),
+        groups=groups,
+    )
+
+
+def _are_single(group: NDArray[np.int64], y: NDArray[np.int64]) -> bool:
+    """Whether every class has one group alone, and there are images that a finer grouping would part."""
+    pairs = np.unique(np.stack([y, group], axis=1), axis=0)
+    return len(pairs) == len(np.unique(y)) < len(y)
+
+
+def _draw_split(features: FeatureSet, pool: NDArray[np.int64], groups: Groups | None, *, whole: str) -> Rows:
+    """pool: the rows to draw from, called `whole`."""
+    held = hold_out(features.sha256[pool], features.y[pool], groups.take(pool) if groups else None)
+    train, test = pool[~held], pool[held]
+    if not len(test) or not len(train):
+        raise HeadError(_nothing_held_out(groups))
+    share = held.mean()
+    part = "a fifth" if abs(share - 0.2) <= A_FIFTH else f"{100 * share:.0f} %"
+    by = f"whole groups of {groups.by}" if groups else "content"
     return Rows(
         train=train,
         test=test,
-        trained_on=trained_on,
-        scored_on=scored_on,
-        notes=tuple(notes),
+        trained_on=f"the rest of the {whole}",
+        scored_on=f"{part} of the {whole}, held out by {by}",
+        notes=(),
         groups=groups,
     )
 
@@ -103,23 +129,31 @@ def _warn_of(
     features: FeatureSet, train: NDArray[np.int64], test: NDArray[np.int64], groups: Groups | None
 ) -> list[str]:
     """What makes the score on `test` mean less than it seems."""
-    notes = []
-    if groups:
-        mixed = int(np.isin(groups.index[test], groups.index[train]).sum())
-        if mixed:
-            notes.append(
-                f"{mixed} of the {len(test)} rows scored share a group of {groups.by} with rows trained on: "
-                "splits of the data are kept as they are"
-            )
+    notes = _say_groups(groups, train, test) if groups else []
     digests = np.ascontiguousarray(features.sha256).view("V32").ravel()
     shared = int(np.isin(digests[test], digests[train]).sum())
     if shared:
-        notes.append(f"{shared} of the {len(test)} rows scored are images that were also trained on")
+        notes.append(f"{shared:,} of the {len(test):,} rows scored are images that were also trained on")
     missing = np.setdiff1d(features.y[test], features.y[train])
     if len(missing):
-        names = ", ".join(features.classes[k] for k in missing[:5])
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        notes.append(f"not in the training rows, so counted as errors: {names}{more}")
+        names = name_some([features.classes[k] for k in missing])
+        notes.append(f"not in the training rows, so counted as errors: {names}")
+    return notes
+
+
+def _say_groups(groups: Groups, train: NDArray[np.int64], test: NDArray[np.int64]) -> list[str]:
+    """How many there are, how large, and which of them are on both sides."""
+    both_sides = np.intersect1d(groups.index[train], groups.index[test])
+    sizes = np.bincount(groups.index[np.concatenate([train, test])])
+    there = plural(int((sizes > 0).sum()), "group")
+    notes = [f"{there} of {groups.by}, the largest of {plural(int(sizes.max()), 'row')}"]
+    if len(both_sides):
+        mixed = int(np.isin(groups.index[test], both_sides).sum())
+        crossing = f"{plural(len(both_sides), 'group')} {'crosses' if len(both_sides) == 1 else 'cross'}"
+        notes.append(
+            f"{mixed:,} of the {len(test):,} rows scored share a group of {groups.by} with rows trained on: "
+            f"{crossing} the splits of the data, which are kept as they are"
+        )
     return notes
 
 

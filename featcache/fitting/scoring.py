@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,16 +61,16 @@ def score_head(
 ) -> Scored:
     """known: the classes of the training rows, (K,), ascending. precision: what is wished of answers."""
 
-    def table(where: NDArray[np.int64]) -> NDArray[np.float64]:
-        wide = np.zeros((len(where), len(features.classes)))
+    def ask(X: NDArray[Any]) -> NDArray[np.float64]:
         with head_errors(choice.head, doing="scored"):
-            wide[:, known] = head.predict_proba(take_rows(features.X, where))
-        return wide
+            return head.predict_proba(X)
 
-    y, probabilities = features.y[rows.test], table(rows.test)
+    y, probabilities = features.y[rows.test], np.zeros((len(rows.test), len(features.classes)))
+    probabilities[:, known] = ask(take_rows(features.X, rows.test))
     ids = tuple(features.ids[row] for row in rows.test)
     held_out = HeldOut(ids=ids, y=y, probabilities=probabilities, classes=features.classes)
-    train_accuracy = float((table(rows.train).argmax(axis=1) == features.y[rows.train]).mean())
+    # Of `training.X`, which is there already: to take the rows anew may be to copy them.
+    train_accuracy = float((ask(training.X).argmax(axis=1) == training.y).mean())
     out_of_fold, units = _out_of_fold(choice), None
     if choice.selection.out_of_fold and training.folds.unit is not None:
         units = training.folds.unit[choice.selection.out_of_fold.rows]
