@@ -2,14 +2,17 @@
 
     python scripts/bench_heads.py [--store FEATURES.h5] [--rows 10000 --features 1280 --classes 10]
         [--rounds 3] [--only fit --only search --only ridge --only memory] [--C 0.001 0.1]
-        [--strengths 16] [--their-share 0.25] [--penalties 20] [--scratch FOLDER]
+        [--strengths 16] [--their-share 0.25 --their-folds 1 --solvers lbfgs newton-cg]
+        [--penalties 20] [--scratch FOLDER] [--device cuda]
 
 fit: one logistic regression at each C, ours stopped at the loosest tolerance whose objective is not above
 that of the solver it is compared with. search: strengths x folds, and the best of them fitted on all rows,
-against GridSearchCV(n_jobs=-1); with --their-share it tries that share of the strengths, spread evenly, and
-its time is scaled up. ridge: penalties x folds against one product X^T X at the rate measured in the same
-round. memory: ridge and one logistic regression on a map of 1,000,000 x 1,024 float16, 2 GB in --scratch; the
-memory is the largest RssAnon, sampled, which leaves out pages of the map.
+against GridSearchCV(n_jobs=-1) with each of --solvers; with --their-share it tries that share of the
+strengths, spread evenly, with --their-folds so many of the folds, and its time is scaled up. ridge:
+penalties x folds against one product X^T X at the rate measured in the same round. memory: ridge and one
+logistic regression on a map of 1,000,000 x 1,024 float16, 2 GB in --scratch; the memory is the largest
+RssAnon, sampled, which leaves out pages of the map. --device is where ours does its products over rows; of a
+card the rates of its own products are printed first, float32 and copies included.
 The sides take turns; the table has medians and the ratios, their range in brackets. scikit-learn gets
 standardised float32 features, and stops at --tol (1e-4 is its default); the objectives say what it reached.
 """
@@ -45,9 +48,7 @@ from featcache.heads.ridge import RidgeHead
 from featcache.store.reader import FeatureStore
 
 NEWTON_UNKNOWNS = 5_000  # of newton-cholesky, whose Hessian is dense: beyond, it is not a fair opponent
-
-
-OUR_TOLS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
+OUR_TOLS = (1e-2, 3e-3, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
 MEMORY_SHAPE = (1_000_000, 1024)
 
 
@@ -90,7 +91,7 @@ def objective(Z: Any, y: Any, weights: Any, bias: Any, C: float) -> float:
 def say(what: str, ours: list[float], theirs: list[float], rest: str = "") -> None:
     ratios = sorted(b / a for a, b in zip(ours, theirs, strict=True))
     print(
-        f"{what:42} {statistics.median(ours):9.3f} {statistics.median(theirs):9.3f} "
+        f"{what:48} {statistics.median(ours):9.3f} {statistics.median(theirs):9.3f} "
         f"{statistics.median(ratios):8.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})  {rest}",
         flush=True,
     )
@@ -119,7 +120,7 @@ def compare_fits(X: Any, Z: Any, y: Any, C: float, solver: str, options: argpars
         theirs.append(took)
         reached = objective(Z, y, model.coef_, model.intercept_, C)
         while True:
-            took, head = seconds(lambda tol=tol: LogisticHead(C=C, tol=tol).fit(X, y))
+            took, head = seconds(lambda tol=tol: LogisticHead(C=C, tol=tol, device=options.device).fit(X, y))
             weights = head.coef_ * scaler.scale_
             mine = objective(Z, y, weights, head.intercept_ + head.coef_ @ scaler.mean_, C)
             if mine <= reached or (further := next(tols, None)) is None:
@@ -140,33 +141,40 @@ def bench_search(X: Any, y: Any, folds: Folds, options: argparse.Namespace) -> N
     kind = HEADS["logistic"]
     kind = replace(kind, grid={"C": grid}, factor=None)
     Z = StandardScaler().fit_transform(X)
-    estimator = LogisticRegression(tol=options.tol, max_iter=10_000)
-    splits = PredefinedSplit(folds.fold)
-    ours: list[float] = []
-    theirs: list[float] = []
     tried = max(round(len(grid) * options.their_share), 1)
     some = [grid[i] for i in np.linspace(0, len(grid) - 1, tried + 2)[1:-1].round().astype(int)]
     some = list(grid) if tried == len(grid) else some
+    # Rows of folds that they are not given are trained on, as -1 has it: their fits are as large.
+    n_folds = min(options.their_folds or folds.n_folds, folds.n_folds)
+    splits = PredefinedSplit(np.where(folds.fold < n_folds, folds.fold, -1))
+    more = len(grid) * folds.n_folds / (len(some) * n_folds)
+    ours: list[float] = []
+    theirs: dict[str, list[float]] = {solver: [] for solver in options.solvers}
+    said = {}
     for _ in range(options.rounds):
 
         def search() -> Any:
-            chosen = select("logistic", kind, {}, rows=TrainingRows(X=X, y=y, folds=folds), seed=0)
+            rows = TrainingRows(X=X, y=y, folds=folds)
+            chosen = select("logistic", kind, {"device": options.device}, rows=rows, seed=0)
             return chosen, chosen.refit(chosen.params)  # type: ignore[misc]
 
         took, (chosen, _) = seconds(search)
         ours.append(took)
-        # Their features are standardised once, by all rows: less work for them, and a little leak.
-        other = GridSearchCV(
-            estimator, {"C": some}, scoring="neg_log_loss", cv=splits, n_jobs=-1, refit=tried == len(grid)
-        )
-        took, other = seconds(lambda other=other: other.fit(Z, y))
-        theirs.append(took * len(grid) / len(some))
+        for solver, times in theirs.items():
+            # Their features are standardised once, by all rows: less work for them, and a little leak.
+            estimator = LogisticRegression(solver=solver, tol=options.tol, max_iter=10_000)
+            other = GridSearchCV(
+                estimator, {"C": some}, scoring="neg_log_loss", cv=splits, n_jobs=-1, refit=more == 1
+            )
+            took, other = seconds(lambda other=other: other.fit(Z, y))
+            times.append(took * more)
+            said[solver] = f"{other.best_params_['C']:.3g} at {-other.best_score_:.5f}"
     mine = min(c.nll for c in chosen.candidates)
-    theirs_best = f"{other.best_params_['C']:.3g} at {-other.best_score_:.5f}"
-    text = f"C {chosen.params['C']:.3g} at {mine:.5f} against {theirs_best}"
-    if tried < len(grid):
-        text += f", of {len(some)} C tried, time scaled by {len(grid) / len(some):g}"
-    say(f"search, {len(grid)} C x {folds.n_folds} folds", ours, theirs, text)
+    for solver, times in theirs.items():
+        text = f"C {chosen.params['C']:.3g} at {mine:.5f} against {said[solver]}"
+        if more > 1:
+            text += f", of {len(some)} C in {n_folds} folds tried, time scaled by {more:g}"
+        say(f"search, {len(grid)} C x {folds.n_folds} folds, against {solver}", ours, times, text)
 
 
 def bench_ridge(X: Any, y: Any, folds: Folds, options: argparse.Namespace) -> None:
@@ -182,7 +190,9 @@ def bench_ridge(X: Any, y: Any, folds: Folds, options: argparse.Namespace) -> No
             limit[dtype].append(took * len(X) / len(some))
 
         def search() -> Any:
-            path = RidgeHead().start_search(X, y, fold=folds.fold, n_folds=folds.n_folds, searched=("alpha",))
+            path = RidgeHead(device=options.device).start_search(
+                X, y, fold=folds.fold, n_folds=folds.n_folds, searched=("alpha",)
+            )
             return list(path.scores([{"alpha": alpha} for alpha in penalties]))  # type: ignore[union-attr]
 
         ours.append(seconds(search)[0])
@@ -214,7 +224,8 @@ def bench_memory(options: argparse.Namespace) -> None:
         for job, columns in (("ridge", features), ("logistic", options.classes)):
             other = np.ascontiguousarray(some[:, :columns])
             took = min(seconds(lambda other=other: other.T @ some)[0] for _ in range(5)) * rows / len(some)
-            command = [sys.executable, __file__, "--measure", job, str(path), str(options.classes)]
+            command = [sys.executable, __file__, "--device", options.device]
+            command += ["--measure", job, str(path), str(options.classes)]
             said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             print(
                 f"{job}: {said.strip()}; "
@@ -222,7 +233,7 @@ def bench_memory(options: argparse.Namespace) -> None:
             )
 
 
-def measure(job: str, path: str, classes: str) -> None:
+def measure(job: str, path: str, classes: str, *, device: str) -> None:
     """Fit in this process, on a map, and say what it took."""
     X = np.load(path, mmap_mode="r")
     y = np.arange(len(X)) % int(classes)
@@ -234,7 +245,8 @@ def measure(job: str, path: str, classes: str) -> None:
 
     before, watcher = status("RssAnon"), threading.Thread(target=watch)
     watcher.start()
-    head: Any = RidgeHead(alpha=100.0) if job == "ridge" else LogisticHead(C=1e-4, tol=1e-6)
+    head: Any = LogisticHead(C=1e-4, tol=1e-6, device=device)
+    head = RidgeHead(alpha=100.0, device=device) if job == "ridge" else head
     took, _ = seconds(lambda: head.fit(X, y))
     done.set()
     watcher.join()
@@ -242,6 +254,35 @@ def measure(job: str, path: str, classes: str) -> None:
     print(
         f"{took:.1f} s{rest}; memory {peak[0] / 2**20:.2f} GiB at most, {before / 2**20:.2f} before the fit "
         f"(VmHWM with pages of the map {status('VmHWM') / 2**20:.2f})"
+    )
+
+
+def say_rates(device: str, X: Any, classes: int) -> None:
+    """What a card does at most: the products that fits are made of, and copies to it."""
+    import torch
+
+    def best(work: Callable[[], Any]) -> float:
+        def whole() -> None:
+            work()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+
+        whole()
+        return min(seconds(whole)[0] for _ in range(5))
+
+    where = torch.device("cuda" if device == "auto" else device)
+    some = torch.from_numpy(np.ascontiguousarray(X[:65_536], dtype=np.float32))
+    rows, d = some.to(where), some.shape[1]
+    weights, n = torch.randn(classes, d, device=where), len(some)
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
+    gram = best(lambda: rows.T @ rows)
+    narrow = best(lambda: rows @ weights.T)
+    copied = best(lambda: some.to(where, copy=True))
+    print(
+        f"{name}: float32 X^T X {2 * n * d * d / gram / 1e9:,.0f} GFLOP/s, by {classes} columns "
+        f"{2 * n * d * classes / narrow / 1e9:,.0f}; copied to it {some.nbytes / copied / 1e9:.1f} GB/s. "
+        f"All rows: X^T X {gram * len(X) / n:.4f} s, a loss and gradient {2 * narrow * len(X) / n:.4f} s, "
+        f"copied {copied * len(X) / n:.3f} s"
     )
 
 
@@ -263,13 +304,18 @@ def main() -> None:
     parser.add_argument("--strengths", type=int, default=16)
     parser.add_argument("--penalties", type=int, default=20)
     parser.add_argument("--tol", type=float, default=1e-4, help="of scikit-learn")
-    parser.add_argument("--their-share", type=float, default=1.0)
+    parser.add_argument("--their-share", type=float, default=1.0, help="of the strengths")
+    parser.add_argument("--their-folds", type=int, help="of the folds; default: all")
+    parser.add_argument(
+        "--solvers", nargs="+", default=["lbfgs", "newton-cg"], help="of scikit-learn's search"
+    )
+    parser.add_argument("--device", default="cpu", help="where ours does its products: cpu, cuda or auto")
     parser.add_argument("--scratch", help="folder for the 2 GB of --only memory")
     parser.add_argument("--only", action="append", choices=["fit", "search", "ridge", "memory"])
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        measure(*options.measure)
+        measure(*options.measure, device=options.device)
         return
     only = options.only or ["fit", "search", "ridge"]
     if "memory" in only:
@@ -288,7 +334,9 @@ def main() -> None:
     print(
         f"{len(X):,} x {X.shape[1]:,} {X.dtype}, {len(np.unique(y))} classes: {options.store or 'synthetic'}"
     )
-    print(f"{'':42} {'ours s':>9} {'other s':>9} {'ratio':>8}")
+    if options.device != "cpu":
+        say_rates(options.device, X, len(np.unique(y)))
+    print(f"{'':48} {'ours s':>9} {'other s':>9} {'ratio':>8}")
     if "fit" in only:
         bench_fit(X, y, options)
     if "ridge" in only:

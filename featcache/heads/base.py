@@ -17,6 +17,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_array, check_is_fitted
 
 from featcache.heads.path import PathSearch
+from featcache.heads.widen import finite
 
 try:
     from sklearn.utils.validation import validate_data
@@ -113,6 +114,9 @@ class Head(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-lear
         ValueError: this head has no intercept that could take them.
         """
         raise ValueError("its scores have no intercept that could be moved")
+
+    def require_savable(self) -> None:
+        """HeadError where a model file may not hold such a head; called before it is fitted."""
 
     def to_arrays(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """The fitted head as named arrays and a JSON-able rest, for `from_arrays`."""
@@ -234,6 +238,12 @@ def require_count(name: str, value: Any, *, least: int = 1) -> None:
         raise ValueError(f"{name} is a whole number of at least {least}, not {value!r}")
 
 
+def all_finite(X: NDArray[Any]) -> bool:
+    """Whether no value of X, (n_samples, n_features), is infinite or NaN, looking at some rows at a time."""
+    step = max(CHUNK_VALUES // max(X.shape[1], 1), 1)
+    return all(finite(X[start : start + step]) for start in range(0, len(X), step))
+
+
 def _finiteness(X: ArrayLike) -> dict[str, bool]:
     """Spares scikit-learn its check of rows that are finite.
 
@@ -241,6 +251,4 @@ def _finiteness(X: ArrayLike) -> dict[str, bool]:
     """
     if not isinstance(X, np.ndarray) or X.ndim != 2 or X.dtype not in FLOATS or not X.size:
         return {}
-    step = max(CHUNK_VALUES // X.shape[1], 1)
-    finite = all(np.isfinite(X[start : start + step]).all() for start in range(0, len(X), step))
-    return {_FINITE: False} if finite else {}
+    return {_FINITE: False} if all_finite(X) else {}

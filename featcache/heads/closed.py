@@ -10,10 +10,12 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import clone
 
 from featcache.heads.base import LinearHead, class_weights
+from featcache.heads.device import Products, find_products
 from featcache.heads.moments import take_moments
 from featcache.heads.path import PathSearch
 from featcache.heads.sums import ClassSums, of_moments, of_rows
 from featcache.heads.threads import in_threads
+from featcache.heads.widen import centre_rows
 
 SCORE_VALUES = 50_000_000  # scores held at a time
 CHUNK_VALUES = 4_000_000  # of rows scored at a time by one thread
@@ -89,7 +91,19 @@ class ClosedFormHead(LinearHead):
         weights = self._weights(codes)
         if not self._by_moments(X):
             return of_rows(X, codes, weights=weights)
-        return of_moments(take_moments(X, codes, n_classes=len(weights), cross=self.cross, weights=weights))
+        moments = take_moments(
+            X,
+            codes,
+            n_classes=len(weights),
+            cross=self.cross,
+            weights=weights,
+            products=self._products(X),
+        )
+        return of_moments(moments)
+
+    def _products(self, X: NDArray[Any]) -> Products:
+        """Who does the products over the rows; X^T X is the largest of them."""
+        return find_products(getattr(self, "device", "cpu"), operations=2.0 * X.size * X.shape[1])
 
 
 def every_fold_knows(codes: NDArray[np.intp], fold: NDArray[np.intp], n_folds: int) -> bool:
@@ -111,6 +125,7 @@ class _Search:
         n_folds: int,
     ) -> None:
         self.head, self.X, self.codes, self.fold, self.folds = head, X, codes, fold, range(n_folds)
+        self.products = head._products(X)
 
     def scores(self, candidates: Sequence[Mapping[str, Any]]) -> Iterator[NDArray[Any]]:
         if not candidates:
@@ -146,8 +161,10 @@ class _Search:
         narrow = np.float64 if self.X.dtype == np.float64 else dtype
         near = centre.astype(narrow)
         centre = near.astype(np.float64)
-        wide = [np.concatenate([head.coef_ for head in some]) for some in heads]  # (V K, D)
-        shift = [np.concatenate([head.intercept_ + head.coef_ @ centre for head in some]) for some in heads]
+        wide, shift = [], []  # of each fold, (V K, D) and (V K,)
+        for some in heads:
+            wide.append(np.concatenate([head.coef_.astype(dtype) for head in some]))
+            shift.append(np.concatenate([head.intercept_ + head.coef_ @ centre for head in some]))
         step = max(CHUNK_VALUES // self.X.shape[1], 1)
 
         def score(start: int) -> None:
@@ -155,8 +172,8 @@ class _Search:
             for f in np.unique(of_fold[of_fold >= 0]):
                 index = start + np.flatnonzero(of_fold == f)
                 rows = np.empty((len(index), self.X.shape[1]), dtype=dtype)
-                np.subtract(self.X[index], near, out=rows, casting="same_kind")
-                scores = rows @ wide[f].T.astype(dtype) + shift[f].astype(dtype)  # (n, V K)
+                centre_rows(self.X[index], near, out=rows)
+                scores = self.products.scores(rows, wide[f], shift[f])  # (n, V K)
                 table[:, index] = scores.reshape(len(index), shape[0], shape[2]).transpose(1, 0, 2)
 
         in_threads(score, range(0, len(self.fold), step))
@@ -186,6 +203,7 @@ class MomentsSearch(_Search):
             n_parts=n_folds + 1,
             cross=head.cross,
             weights=weights,
+            products=self.products,
         )
 
     def _sums(self, fold: int | None) -> ClassSums:

@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import softmax
+from sklearn.base import clone
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -86,6 +87,18 @@ class EstimatorHead(Head):
         X = self._check_input(X)
         labels: NDArray[Any] = self.classes_[self.pipeline_.predict(_wide_enough(X))]
         return labels
+
+    def require_savable(self) -> None:
+        """By fitting it on a few rows of chance: what an estimator holds, it holds once fitted.
+
+        Of one that cannot be fitted on these nothing is said: that is for the real rows to say.
+        """
+        y = np.arange(24) % 2
+        X = np.random.default_rng(0).normal(size=(24, 4)) + y[:, None]
+        try:
+            clone(self).fit(X, y).to_arrays()
+        except ValueError:
+            return
 
     def to_arrays(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         with _torch_left_alone():

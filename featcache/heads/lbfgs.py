@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 MEMORY = 10  # pairs of steps and gradient changes that are kept
 SUFFICIENT = 1e-4  # of the decrease that the slope promises, for a step to be taken
 MAX_TRIALS = 12  # lengths of one step
+LEAST_SCALE = 0.02  # of the preconditioner
 
 
 class Objective(Protocol):
@@ -47,13 +48,14 @@ class _Running:
     x: NDArray[np.float64]
     value: NDArray[np.float64]
     gradient: NDArray[np.float64]
+    length: NDArray[np.float64]  # of the last step, (J,), as part of the direction
     pairs: list[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float64]]] = field(
         default_factory=list
     )
 
     def keep(self, rows: NDArray[np.bool_]) -> None:
         self.which, self.x = self.which[rows], self.x[rows]
-        self.value, self.gradient = self.value[rows], self.gradient[rows]
+        self.value, self.gradient, self.length = self.value[rows], self.gradient[rows], self.length[rows]
         self.pairs = [(s[rows], y[rows], rho[rows]) for s, y, rho in self.pairs]
 
 
@@ -62,11 +64,13 @@ def minimise(objective: Objective, x: NDArray[np.float64], *, tol: float, max_it
 
     A problem is done when the decrease that its quadratic model promises, 1/2 g H g, is below `tol` times its
     value. H starts from `objective.precondition` (Nocedal and Wright, "Numerical optimization", 2006,
-    algorithm 7.4). Convexity spares the second Wolfe condition: s . y > 0 holds for every step.
+    algorithm 7.4), less where that was too long along the last step. Where a step had to be shorter than its
+    direction, the next is first tried at twice that length. Convexity spares the second Wolfe condition:
+    s . y > 0 holds for every step.
     """
     which = np.arange(len(x))
     value, gradient = objective.evaluate(which, x)
-    run = _Running(which=which, x=x.copy(), value=value, gradient=gradient)
+    run = _Running(which=which, x=x.copy(), value=value, gradient=gradient, length=np.ones(len(x)))
     found = Minima(
         x=x.copy(),
         value=value.copy(),
@@ -105,10 +109,19 @@ def _direction(objective: Objective, run: _Running) -> tuple[NDArray[np.float64]
         q -= alpha[:, None].astype(np.float32) * y
         alphas.append(alpha)
     r = objective.precondition(run.which, q.astype(np.float64))
+    if run.pairs:
+        r *= _scale(objective, run)[:, None]
     for (s, y, rho), alpha in zip(run.pairs, reversed(alphas), strict=True):
         beta = rho * _dot(y, r)
         r += (alpha - beta)[:, None] * s
     return -r, -_dot(run.gradient, r)
+
+
+def _scale(objective: Objective, run: _Running) -> NDArray[np.float64]:
+    """s . y / y H y of the last step, (J,), by the preconditioner alone, at most 1 (equation 7.20)."""
+    _, y, rho = run.pairs[-1]
+    expected = rho * _dot(objective.precondition(run.which, y.astype(np.float64)), y)
+    return np.clip(1 / np.maximum(expected, 1.0), LEAST_SCALE, 1.0)
 
 
 def _step(
@@ -120,7 +133,7 @@ def _step(
 ) -> NDArray[np.bool_]:
     """Move the problems of `moving` along `direction`; which of them found nothing lower, (J,)."""
     before_x, before_gradient = run.x.copy(), run.gradient.copy()
-    length, pending = np.ones(len(slope)), np.flatnonzero(moving & (slope < 0))
+    length, pending = np.minimum(2 * run.length, 1.0), np.flatnonzero(moving & (slope < 0))
     stuck = moving & ~(slope < 0)
     start_value = run.value.copy()
     for _ in range(MAX_TRIALS):
@@ -140,6 +153,7 @@ def _step(
         length[pending] *= np.where(good, 1.0, shrink)
         pending = pending[~good]
     stuck[pending] = True
+    run.length = length
     s = (run.x - before_x).astype(np.float32)
     y = (run.gradient - before_gradient).astype(np.float32)
     curvature = _dot(s, y)

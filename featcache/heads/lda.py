@@ -28,6 +28,8 @@ class DiscriminantHead(ClosedFormHead):
     shrinkage : s, above 0 and at most 1.
     class_weight : "balanced" takes all classes for equally frequent, in the priors and in S; None takes them
         as frequent as they are in the rows.
+    device : where products over the rows are done: cpu, cuda, or auto, which takes a CUDA device where torch
+        has one and the processors would take long.
     temperature : what the scores are divided by before the softmax that makes them probabilities.
     """
 
@@ -39,10 +41,12 @@ class DiscriminantHead(ClosedFormHead):
         shrinkage: float = 0.1,
         *,
         class_weight: str | Mapping[Any, float] | None = None,
+        device: str = "cpu",
         temperature: float = 1.0,
     ) -> None:
         self.shrinkage = shrinkage
         self.class_weight = class_weight
+        self.device = device
         self.temperature = temperature
 
     def _check_params(self) -> None:

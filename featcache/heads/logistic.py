@@ -12,6 +12,7 @@ from sklearn.base import clone
 
 from featcache.heads.base import LinearHead, class_weights, require_count, require_positive
 from featcache.heads.closed import every_fold_knows
+from featcache.heads.device import Products, find_products
 from featcache.heads.path import PathSearch
 from featcache.heads.problems import Problems, Solution
 from featcache.heads.temperature import fit_temperature
@@ -27,7 +28,8 @@ class LogisticHead(LinearHead):
     w_n is the weight of the row's class. The intercept b is not penalised. Two classes are treated like any
     number: their W has two rows, and the optimum is that of scikit-learn's binomial form at 2 C.
 
-    L-BFGS starts each step from the inverse of 2 C q_k Z^T Z + 1, with q_k the mean of p (1 - p) over the
+    A fit starts from discriminant analysis (`FirstModel`), and L-BFGS each of its steps from the inverse of
+    2 C q_k N G + 1, with G a Gram matrix of the rows (`GramCurvature`) and q_k the mean of p (1 - p) over the
     rows for class k at the point reached. Each z_n has diag(p) - p p^T in the Hessian, whose row of class k
     sums to 2 p_k (1 - p_k) in absolute value, so that diag(2 p (1 - p)) is above it (Gershgorin); the mean
     stands for each row's own. (Böhning, "Multinomial logistic regression algorithm", Ann. Inst. Statist.
@@ -39,8 +41,11 @@ class LogisticHead(LinearHead):
     ----------
     C : inverse strength of the penalty.
     class_weight : "balanced" gives every class the same weight, None every row; or a weight for each class.
-    tol : the solver stops when the decrease it still expects is below this fraction of the objective.
+    tol : the solver stops when the decrease it still expects is below this fraction of the objective, which
+        is then at most some 40 times as far above its minimum: within 1e-5 by default.
     max_iter : the solver stops here whatever was reached.
+    device : where products over the rows are done: cpu, cuda, or auto, which takes a CUDA device where torch
+        has one and the processors would take long.
     temperature : what the scores are divided by before the softmax that makes them probabilities.
 
     Attributes: coef_, intercept_, n_iter_ (int), converged_ (bool), objective_ (float),
@@ -57,12 +62,14 @@ class LogisticHead(LinearHead):
         C: float = 1.0,
         *,
         class_weight: str | Mapping[Any, float] | None = None,
-        tol: float = 1e-8,
+        device: str = "cpu",
+        tol: float = 1e-7,
         max_iter: int = 1000,
         temperature: float = 1.0,
     ) -> None:
         self.C = C
         self.class_weight = class_weight
+        self.device = device
         self.tol = tol
         self.max_iter = max_iter
         self.temperature = temperature
@@ -79,7 +86,7 @@ class LogisticHead(LinearHead):
             return super().fit_path(X, y, candidates=candidates)
         heads = [clone(self).set_params(**values) for values in candidates]
         features, codes = heads[0]._check_training(X, y)
-        problems = all_rows(features, codes, weigh=heads[0]._weigh)
+        problems = all_rows(features, codes, weigh=heads[0]._weigh, products=heads[0]._products(features))
         for head in sorted(heads, key=lambda head: head.C):
             head.classes_, head.n_features_in_ = heads[0].classes_, heads[0].n_features_in_
             head._take(problems)
@@ -104,7 +111,14 @@ class LogisticHead(LinearHead):
             return None
         few = len(features) <= features.shape[1]
         make = rotated_folds if few else shared_folds
-        problems = make(features, codes, weigh=head._weigh, fold=fold, n_folds=n_folds)
+        problems = make(
+            features,
+            codes,
+            weigh=head._weigh,
+            fold=fold,
+            n_folds=n_folds,
+            products=head._products(features, 9 * n_folds),
+        )
         return _LogisticSearch(head, problems, features, codes, fold=fold, n_folds=n_folds)
 
     def _weigh(self, codes: NDArray[np.intp]) -> NDArray[np.float64]:
@@ -112,9 +126,14 @@ class LogisticHead(LinearHead):
         n_classes = len(self.classes_)
         return class_weights(self.class_weight, codes, n_classes=n_classes, classes=self.classes_)
 
+    def _products(self, X: NDArray[Any], problems: int = 1) -> Products:
+        """Who does the products over the rows, for some 20 losses and gradients of each problem."""
+        operations = 20 * 4.0 * X.size * len(self.classes_) * problems
+        return find_products(self.device, operations=operations)
+
     def _fit(self, X: NDArray[Any], codes: NDArray[np.intp]) -> None:
         self._check_params()
-        self._take(all_rows(X, codes, weigh=self._weigh))
+        self._take(all_rows(X, codes, weigh=self._weigh, products=self._products(X)))
 
     def _check_params(self) -> None:
         require_positive("C", self.C)
@@ -177,12 +196,14 @@ class _LogisticSearch:
         yield from tables
 
     def fit(self, params: Mapping[str, Any]) -> LogisticHead:
-        head = LogisticHead(**{"class_weight": self.head.class_weight, **params})
+        kept = {"class_weight": self.head.class_weight, "device": self.head.device}
+        head = LogisticHead(**{**kept, **params})
         head._check_params()
         head.classes_, head.n_features_in_ = self.head.classes_, self.head.n_features_in_
         problems = self.problems
         if problems.n_folds == self.n_folds:  # none of them has all rows
-            problems = all_rows(self.X, self.codes, weigh=head._weigh)
+            products = head._products(self.X)
+            problems = all_rows(self.X, self.codes, weigh=head._weigh, products=products)
         head._take(problems, start=self._mean_of_folds(problems, params))
         return head
 

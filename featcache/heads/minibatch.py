@@ -319,8 +319,11 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"device is auto, cpu or cuda, not {name!r}") from error
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device is auto, cpu or cuda, not {name!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {name}, but torch has no CUDA device here; use auto or cpu")
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= there:
+        raise ValueError(
+            f"device is {name}, but torch has {there or 'no'} CUDA devices here; use auto or cpu"
+        )
     return device
 
 

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache.heads.device import ON_PROCESSORS, Products
 from featcache.heads.standardize import CHUNK_VALUES, Standardizer
 from featcache.heads.threads import in_threads
+from featcache.heads.widen import centre_rows
 from featcache.processors import usable_processors
 
 CENTRE_ROWS = 4096  # rows that the provisional centre is the mean of
@@ -112,6 +114,7 @@ def take_moments(
     n_parts: int = 1,
     cross: bool = False,
     weights: NDArray[np.float64] | None = None,
+    products: Products = ON_PROCESSORS,
 ) -> Moments:
     """The moments of X, (n_samples, n_features), with classes and parts (n_samples,), in one pass.
 
@@ -127,17 +130,18 @@ def take_moments(
     sums = np.zeros((n_parts * n_classes, d))
     squares = np.zeros((n_parts, d))
     low, high = np.full((n_parts, d), np.inf), np.full((n_parts, d), -np.inf)
-    gram = np.zeros((n_parts, d, d)) if cross else None
+    crossed = products.gram(n_parts, d) if cross else None
     for piece in reader.pieces(squares=weighted or not cross):
         sums[piece.groups] += piece.sums
         p = piece.part
         squares[p] += piece.squares
         np.minimum(low[p], piece.low, out=low[p])
         np.maximum(high[p], piece.high, out=high[p])
-        if gram is not None:
+        if crossed is not None:
             if weighted:
                 piece.rows *= np.sqrt(weights[piece.codes])[:, None].astype(piece.rows.dtype)
-            gram[p] += piece.rows.T @ piece.rows
+            crossed.add(p, piece.rows)
+    gram = None if crossed is None else crossed.total()
     if gram is not None and not weighted:
         squares = np.einsum("pdd->pd", gram).copy()
     return Moments(
@@ -198,8 +202,7 @@ class _Reader:
         group = group[order]
         centred = np.empty((len(rows), self.X.shape[1]), dtype=self.dtype)
         wide = np.float64 if self.X.dtype == np.float64 else self.dtype
-        some = self.X[rows.start : rows.stop][order]
-        np.subtract(some, self.centre.astype(wide), out=centred, casting="same_kind")
+        centre_rows(self.X[rows.start : rows.stop][order], self.centre.astype(wide), out=centred)
         made = []
         for p in np.unique(group // self.n_classes):
             first, last = np.searchsorted(group, [p * self.n_classes, (p + 1) * self.n_classes])

@@ -18,6 +18,7 @@ from featcache.heads.lbfgs import minimise
 from featcache.heads.softmax import SoftmaxRows
 from featcache.heads.threads import one_blas_thread
 
+LOOK_SHARE = 0.25  # of the arithmetic of reads, that looks at the curvature may cost
 GROUP_VALUES = 8_000_000  # weights of the problems that advance together; the solver holds some 25 times this
 
 
@@ -36,6 +37,7 @@ class Problems:
     """1/2 ||W||^2 + C times the log-loss, minimised on the rows of each fold, and what was found so far.
 
     rows, exact: the same rows in the precision of the search and in float64, made when they are read.
+    first: weights (K, R) and bias (K,) to start from at a strength C times the rows; None: from zero.
     on_raw: (fold, weights, bias) as they act on raw features. from_raw: the way back, for the last fold.
     score: (fold, weights (V, K, R), bias (V, K), out), the scores of the rows the fold holds out.
     wave: strengths that are solved side by side before the next ones start from them.
@@ -47,6 +49,7 @@ class Problems:
         rows: SoftmaxRows,
         exact: SoftmaxRows,
         curvature: Curvature,
+        first: Callable[[float], tuple[NDArray[np.float64], NDArray[np.float64]]] | None,
         n_rows: NDArray[np.int64],
         on_raw: Callable[..., tuple[NDArray[np.float64], NDArray[np.float64]]],
         from_raw: Callable[..., tuple[NDArray[np.float64], NDArray[np.float64]]],
@@ -55,6 +58,7 @@ class Problems:
         dtype: type[np.floating[Any]],
     ) -> None:
         self.rows, self.exact, self.curvature, self.n_rows = rows, exact, curvature, n_rows
+        self.first = first
         self.on_raw, self.from_raw, self.score = on_raw, from_raw, score
         self.wave, self.dtype = max(wave, 1), dtype
         self.n_folds, self.n_features = rows.affine.mean.shape
@@ -100,23 +104,24 @@ class Problems:
         ]
 
     def _start(self, fold: int, C: float) -> Solution:
-        """What was put there, else the line through the two next lower strengths of this fold, else zero.
+        """What was put there, else the line through the two next lower strengths of this fold, else `first`.
 
         Only from the fold itself: a start that saw the rows held out would favour them.
         """
         if (fold, C) in self.solved:
             return self.solved[fold, C]
+        K = self.n_classes
         weaker = sorted(c for f, c in self.solved if f == fold and c <= C)[-2:]
         if len(weaker) == 2:
             c1, c2 = weaker
             return _along(self.solved[fold, c1], self.solved[fold, c2], c1, c2, C)
         if weaker:
             return self.solved[fold, weaker[0]]
-        K = self.n_classes
-        return Solution(
-            weights=np.zeros((K, self.n_features)), bias=np.zeros(K), n_iter=0, converged=False,
-            variance=np.full(K, 0.5 / K),
-        )  # fmt: skip
+        weights, bias = np.zeros((K, self.n_features)), np.zeros(K)
+        if self.first is not None and fold == self.n_folds - 1:  # all rows
+            weights, bias = self.first(C * float(self.n_rows[fold]))
+        variance = np.full(K, 0.5 / K)
+        return Solution(weights=weights, bias=bias, n_iter=0, converged=False, variance=variance)
 
 
 def _along(first: Solution, second: Solution, c1: float, c2: float, C: float) -> Solution:
@@ -139,6 +144,7 @@ class _Objective:
         self.fold, self.C = np.array([f for f, _ in keys]), np.array([C for _, C in keys])
         self.noise = float(np.finfo(problems.dtype).eps)
         self.variance = np.zeros((len(keys), problems.n_classes))
+        self.reads, self.operations, self.looks = 0, 0.0, 0
 
     def pack(self, weights: NDArray[np.float64], bias: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.concatenate([weights.reshape(len(weights), -1), bias], axis=1)
@@ -152,6 +158,9 @@ class _Objective:
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         weights, bias = self.unpack(x)
         C, fold = self.C[which], self.fold[which]
+        self.at = weights.mean(axis=0), bias.mean(axis=0)
+        self.reads += 1
+        self.operations += 4.0 * weights.size * float(self.problems.n_rows.max())
         data = self.rows.evaluate(fold, weights, bias)
         self.problems.evaluations += len(which)
         floor = 1e-6
@@ -161,9 +170,15 @@ class _Objective:
         return value, gradient
 
     def precondition(self, which: NDArray[np.intp], gradient: NDArray[np.float64]) -> NDArray[np.float64]:
+        curvature = self.problems.curvature
+        if self._is_look_due(curvature.look_cost):
+            curvature.look(*self.at)
+            self.looks += 1
         weights, bias = self.unpack(gradient)
-        fold = self.fold[which]
         strength = 2 * self.C[which][:, None] * self.variance[which]  # (J, K)
-        solved = self.problems.curvature.solve(fold, strength, weights)
-        # The column of ones of the bias is orthogonal to features that are centred.
-        return self.pack(solved, bias / (strength * self.problems.n_rows[fold][:, None]))
+        return self.pack(*curvature.solve(self.fold[which], strength, weights, bias))
+
+    def _is_look_due(self, cost: float) -> bool:
+        """After 1, 3, 6, 12 … reads, but where all looks together would cost much beside the reads."""
+        due = 1 if not self.looks else 3 * 2 ** (self.looks - 1)
+        return self.reads >= due and (self.looks + 1) * cost <= LOOK_SHARE * self.operations

@@ -25,6 +25,8 @@ class RidgeHead(ClosedFormHead):
     ----------
     alpha : strength of the penalty.
     class_weight : "balanced" gives every class the same weight, None every row; or a weight for each class.
+    device : where products over the rows are done: cpu, cuda, or auto, which takes a CUDA device where torch
+        has one and the processors would take long.
     temperature : what the scores are divided by before the softmax that makes them probabilities.
     """
 
@@ -36,10 +38,12 @@ class RidgeHead(ClosedFormHead):
         alpha: float = 1.0,
         *,
         class_weight: str | Mapping[Any, float] | None = None,
+        device: str = "cpu",
         temperature: float = 1.0,
     ) -> None:
         self.alpha = alpha
         self.class_weight = class_weight
+        self.device = device
         self.temperature = temperature
 
     def _check_params(self) -> None:

@@ -17,6 +17,8 @@ from featcache.heads.threads import in_threads
 from featcache.processors import usable_processors
 
 TILE_VALUES = 4_000_000  # logits a thread holds at a time: 16 MB
+ROW_VALUES = 1_000_000  # of rows that are in the cache when they are multiplied again: 4 MB
+NARROW = 32  # models below which the matrix library is faster with the rows on the left
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -141,13 +143,13 @@ def _add(
     K, dtype = len(on_rows), block.rows.dtype
     wide = (on_rows if everything else on_rows[:, use]).astype(dtype).reshape(-1, on_rows.shape[2])
     shift = (offset if everything else offset[:, use]).astype(dtype)[..., None]
-    step = max(TILE_VALUES // len(wide), 64)
+    step = max(min(TILE_VALUES // len(wide), ROW_VALUES // wide.shape[1]), 64)
     loss, sums, squares = np.zeros(len(use)), np.zeros((K, len(use))), np.zeros((K, len(use)))
     slope: Any = 0
     for start in range(0, len(block.codes), step):
         rows, codes = block.rows[start : start + step], block.codes[start : start + step]
         each = np.arange(len(codes))
-        p = (wide @ rows.T).reshape(K, len(use), -1)  # (K, J, n)
+        p = _times(wide, rows).reshape(K, len(use), -1)  # (K, J, n)
         p += shift
         p -= p.max(axis=0)
         true = p[codes, :, each]  # (n, J)
@@ -157,16 +159,16 @@ def _add(
         if weigh is None:
             loss += np.log(norm).sum(axis=1, dtype=np.float64) - true.sum(axis=0, dtype=np.float64)
             squares += np.einsum("kjn,kjn->kj", p, p)
-            sums += p.sum(axis=2, dtype=np.float64)
+            sums += p.sum(axis=2)
             p[codes, :, each] -= 1
         else:
             of_row = weigh[use][:, codes].astype(dtype)  # (J, n)
             loss += np.einsum("jn,jn->j", of_row, np.log(norm) - true.T, dtype=np.float64)
             squares += np.einsum("jn,kjn,kjn->kj", of_row, p, p)
             p *= of_row
-            sums += p.sum(axis=2, dtype=np.float64)
+            sums += p.sum(axis=2)
             p[codes, :, each] -= of_row.T
-        slope = slope + p.reshape(len(wide), -1) @ rows
+        slope = slope + _times_rows(p.reshape(len(wide), -1), rows)
     counts: Any = np.bincount(block.codes, minlength=K)[:, None]
     counts = counts if weigh is None else counts * weigh[use].T
     where: Any = slice(None) if everything else use
@@ -174,3 +176,14 @@ def _add(
     total[1][:, where] += slope.reshape(K, len(use), -1)
     total[2][:, where] += sums - counts
     total[3][:, where] += sums - squares
+
+
+def _times(wide: NDArray[Any], rows: NDArray[Any]) -> NDArray[Any]:
+    """Models (M, R) by rows (n, R): (M, n)."""
+    return np.ascontiguousarray((rows @ wide.T).T) if len(wide) < NARROW else wide @ rows.T
+
+
+def _times_rows(p: NDArray[Any], rows: NDArray[Any]) -> NDArray[Any]:
+    """(M, n) by rows (n, R): (M, R)."""
+    product: NDArray[Any] = (rows.T @ p.T).T if len(p) < NARROW else p @ rows
+    return product

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
+from threading import Lock
 from typing import TypeVar
 
 from threadpoolctl import threadpool_limits
@@ -16,21 +16,31 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-_single = ContextVar("single", default=False)
+_count = Lock()
+_inside = 0  # callers of `one_blas_thread` that are inside now, in all threads
+_limits: threadpool_limits | None = None
 
 
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """No threads of the matrix library inside; where that is so already, this costs nothing."""
-    if _single.get():
-        yield
-        return
-    token = _single.set(True)
+    """No threads of the matrix library inside; where that is so already, this costs nothing.
+
+    The limit is one for the whole process: the first who comes sets it and the last who leaves lifts it, so
+    that two fits at once leave it as it was.
+    """
+    global _inside, _limits
+    with _count:
+        if not _inside:
+            _limits = threadpool_limits(limits=1, user_api="blas")
+        _inside += 1
     try:
-        with threadpool_limits(limits=1, user_api="blas"):
-            yield
+        yield
     finally:
-        _single.reset(token)
+        with _count:
+            _inside -= 1
+            if not _inside and _limits is not None:
+                _limits.restore_original_limits()
+                _limits = None
 
 
 def in_threads(work: Callable[[T], R], items: Sequence[T], *, products: bool = True) -> list[R]:

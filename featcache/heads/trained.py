@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import clone
 
-from featcache.heads.base import Head, class_weights, require_count, require_positive
+from featcache.heads.base import Head, all_finite, class_weights, require_count, require_positive
 from featcache.heads.batches import Walk
 from featcache.heads.closed import every_fold_knows
 from featcache.heads.minibatch import Network, Part, Recipe, Rows, Stack, divide, pick_device, side_by_side
@@ -252,4 +252,6 @@ def require_share(name: str, value: Any) -> None:
 def _check_view(view: NDArray[Any], X: NDArray[Any]) -> NDArray[Any]:
     if view.shape != X.shape:
         raise ValueError(f"a view has shape {view.shape}, but the rows it shows have {X.shape}")
+    if not all_finite(view):
+        raise ValueError("a view holds values that are not finite; embed its images again")
     return view

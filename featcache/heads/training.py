@@ -15,16 +15,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.heads.curvature import DiagonalCurvature, GramCurvature
+from featcache.heads.device import ON_PROCESSORS, Products
 from featcache.heads.moments import take_moments
 from featcache.heads.problems import Problems
 from featcache.heads.softmax import Affine, Block, SoftmaxRows
 from featcache.heads.standardize import Standardizer, rotate
+from featcache.heads.start import FirstModel
 from featcache.heads.threads import in_threads
+from featcache.heads.widen import centre_rows
 
 FLOAT64_VALUES = 200_000  # up to this size products are float64; above, speed matters
 CACHE_BYTES = 700_000_000  # standardised rows kept in memory; beyond, they are made anew for every read
 BLOCK_VALUES = 4_000_000  # of a block of rows: 16 MB
-GRAM_ROWS = 8  # rows that curvature is taken from, for each feature
+SAMPLE_ROWS = (2, 8)  # rows that stand for all, for each feature: the least and the most
+SAMPLE_VALUES = 16_000_000  # as many as these, between the two
 WIDE = 48  # columns from which a matrix product runs at its full rate
 
 
@@ -32,12 +36,14 @@ WIDE = 48  # columns from which a matrix product runs at its full rate
 Weigh = Callable[[NDArray[np.intp]], NDArray[np.float64]]
 
 
-def all_rows(X: NDArray[Any], codes: NDArray[np.intp], *, weigh: Weigh) -> Problems:
+def all_rows(
+    X: NDArray[Any], codes: NDArray[np.intp], *, weigh: Weigh, products: Products = ON_PROCESSORS
+) -> Problems:
     """One fold, of all rows."""
     never = np.full(len(X), -1)
     if len(X) <= X.shape[1]:
-        return rotated_folds(X, codes, weigh=weigh, fold=never, n_folds=0, whole=True)
-    return shared_folds(X, codes, weigh=weigh, fold=never, n_folds=0)
+        return rotated_folds(X, codes, weigh=weigh, fold=never, n_folds=0, whole=True, products=products)
+    return shared_folds(X, codes, weigh=weigh, fold=never, n_folds=0, products=products)
 
 
 def rotated_folds(
@@ -48,6 +54,7 @@ def rotated_folds(
     fold: NDArray[np.intp],
     n_folds: int,
     whole: bool = False,
+    products: Products = ON_PROCESSORS,
 ) -> Problems:
     """For fewer rows than features: each fold has a basis of its own (`Rotation`), an axis for each row."""
     trained = [fold != f for f in range(n_folds)] + ([fold == fold] if whole else [])
@@ -66,6 +73,7 @@ def rotated_folds(
             made.append(_kept([Block(rows=padded, index=index, codes=codes[rows], fitted=fitted)]))
         return made
 
+    counts = np.array([rows.sum() for rows in trained])
     norms = np.zeros((len(trained), rank))
     for f, rotation in enumerate(rotations):
         norms[f, : len(rotation.squared_norms)] = rotation.squared_norms
@@ -88,10 +96,11 @@ def rotated_folds(
             out[v, held] = rows @ coef.T + intercept
 
     return Problems(
-        rows=SoftmaxRows(blocks(dtype), affine=affine, weights=weights),
+        rows=products.softmax_rows(blocks(dtype), affine=affine, weights=weights),
         exact=SoftmaxRows(blocks(np.float64), affine=affine, weights=weights),
-        curvature=DiagonalCurvature(norms),
-        n_rows=np.array([rows.sum() for rows in trained]),
+        curvature=DiagonalCurvature(norms, counts),
+        first=None,
+        n_rows=counts,
         on_raw=on_raw,
         from_raw=from_raw,
         score=score,
@@ -101,7 +110,13 @@ def rotated_folds(
 
 
 def shared_folds(
-    X: NDArray[Any], codes: NDArray[np.intp], *, weigh: Weigh, fold: NDArray[np.intp], n_folds: int
+    X: NDArray[Any],
+    codes: NDArray[np.intp],
+    *,
+    weigh: Weigh,
+    fold: NDArray[np.intp],
+    n_folds: int,
+    products: Products = ON_PROCESSORS,
 ) -> Problems:
     """For more rows than features: all folds read the same standardised rows; the last has all of them."""
     part = np.where(fold < 0, n_folds, fold)
@@ -122,12 +137,16 @@ def shared_folds(
     def blocks(dtype: Any, *, keep: bool) -> list[Callable[[], Iterator[Block]]]:
         step = max(BLOCK_VALUES // X.shape[1], 1)
         source = _Source(X, codes, part, fitted, whole, dtype)
-        makers = [partial(source.blocks, start, start + step) for start in range(0, len(X), step)]
+        most = None if keep else max(products.tile_values // X.shape[1], 1)
+        makers = [partial(source.blocks, start, start + step, most=most) for start in range(0, len(X), step)]
         return in_threads(lambda make: _kept(make()), makers, products=False) if keep else list(makers)
 
     keep = X.size * np.dtype(dtype).itemsize <= CACHE_BYTES
-    rows = SoftmaxRows(blocks(dtype, keep=keep), affine=affine, weights=weights)
+    rows = products.softmax_rows(blocks(dtype, keep=keep), affine=affine, weights=weights)
     counts = np.array([moments.counts[parts].sum() for parts in trained])
+    chosen = _some_of(*X.shape)
+    sample = np.empty((len(chosen), X.shape[1]), dtype=np.float32)
+    _standardise(X[chosen], whole, out=sample)
 
     def on_raw(f: int, weights: NDArray[np.float64], bias: NDArray[np.float64]) -> Any:
         return own[f].fold(weights, bias)
@@ -138,7 +157,8 @@ def shared_folds(
     return Problems(
         rows=rows,
         exact=SoftmaxRows(blocks(np.float64, keep=False), affine=affine, weights=weights),
-        curvature=GramCurvature(_correlation(X, whole), counts),
+        curvature=GramCurvature(sample, counts, n_classes),
+        first=FirstModel(sample, codes[chosen], n_classes=n_classes),
         n_rows=counts,
         on_raw=on_raw,
         from_raw=from_raw,
@@ -165,13 +185,20 @@ class _Source:
     standardizer: Standardizer
     dtype: Any
 
-    def blocks(self, start: int, stop: int) -> Iterator[Block]:
+    def blocks(self, start: int, stop: int, *, most: int | None) -> Iterator[Block]:
+        """These rows in blocks of at most so many, each overwritten by the next; None: blocks to keep."""
         part = self.part[start:stop]
+        size = len(part) if most is None else min(most, len(part))
+        made = None if most is None else np.empty((size, self.X.shape[1]), dtype=self.dtype)
         for p in np.unique(part):
             index = start + np.flatnonzero(part == p)
-            rows = self.X[index] if len(index) < len(part) else self.X[start:stop]
-            standardised = _standardise(rows, self.standardizer, self.dtype)
-            yield Block(rows=standardised, index=index, codes=self.codes[index], fitted=self.fitted[p])
+            for first in range(0, len(index), size):
+                some = index[first : first + size]
+                adjoining = some[-1] - some[0] == len(some) - 1
+                rows = self.X[some[0] : some[-1] + 1] if adjoining else self.X[some]
+                out = np.empty(rows.shape, dtype=self.dtype) if made is None else made[: len(some)]
+                _standardise(rows, self.standardizer, out=out)
+                yield Block(rows=out, index=some, codes=self.codes[some], fitted=self.fitted[p])
 
 
 def _rounded(standardizer: Standardizer) -> Standardizer:
@@ -182,22 +209,14 @@ def _rounded(standardizer: Standardizer) -> Standardizer:
     return Standardizer(mean=mean, scale=1 / reciprocal.astype(np.float64))
 
 
-def _standardise(rows: NDArray[Any], standardizer: Standardizer, dtype: Any) -> NDArray[Any]:
+def _standardise(rows: NDArray[Any], standardizer: Standardizer, *, out: NDArray[Any]) -> None:
     """(x - mean) / scale by a `_rounded` one, so that float32 differences are right to their last bit."""
-    wide = np.float64 if rows.dtype == np.float64 else dtype
-    standardised: NDArray[Any] = np.empty(rows.shape, dtype=dtype)
-    np.subtract(rows, standardizer.mean.astype(wide), out=standardised, casting="same_kind")
-    standardised *= (1 / standardizer.scale).astype(dtype)
-    return standardised
+    wide = np.float64 if rows.dtype == np.float64 else out.dtype
+    reciprocal = (1 / standardizer.scale).astype(out.dtype)
+    centre_rows(rows, standardizer.mean.astype(wide), reciprocal, out=out)
 
 
-def _correlation(X: NDArray[Any], standardizer: Standardizer) -> NDArray[np.float64]:
-    """Z^T Z / N from some of the rows, spread over all: enough for a scaling. (D, D)."""
-    n, d = X.shape
-    chosen = np.arange(0, n, max(n // (GRAM_ROWS * d), 1))
-    gram = np.zeros((d, d))
-    step = max(BLOCK_VALUES // d, 1)
-    for start in range(0, len(chosen), step):
-        rows = _standardise(X[chosen[start : start + step]], standardizer, np.float32)
-        gram += rows.T @ rows
-    return gram / len(chosen)
+def _some_of(n: int, d: int) -> NDArray[np.intp]:
+    """Rows to stand for all n, ascending; drawn, as rows may come in the order of their classes."""
+    least, most = (of_feature * d for of_feature in SAMPLE_ROWS)
+    return np.sort(np.random.default_rng(0).permutation(n)[: int(np.clip(SAMPLE_VALUES // d, least, most))])
