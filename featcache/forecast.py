@@ -30,12 +30,13 @@ from featcache.lanes import Lane, Stages
 from featcache.pipeline import Load, embed_lanes, loader
 from featcache.reuse import ReusePlan
 from featcache.spec import FeatureSpec, Picture, Precision
-from featcache.store.layout import RowTable, store_size
+from featcache.store.creating import store_size
+from featcache.store.layout import RowTable
 
 SAMPLE_SECONDS = 2.0  # of steady work
 MOST_SAMPLED = 1 << 16  # images; more than any machine decodes in that time
 # Batches a thread: those before the first mark fill the pipeline and make what each thread needs; and so
-# many must come after it that it matters little where the marks fall within a batch.
+# many must come after it that it matters little where the marks fall within one.
 _WARMING, _COUNTED = 2, 3
 _PROBED = 8  # one image of so many is read twice, to know what reading takes: of small ones it is no trifle
 _HEADERS = 64  # images whose size is looked at, at most
@@ -88,18 +89,20 @@ def take_sample(plan: ReusePlan, ready: ReadyEngine, *, workers: int) -> Sample:
     lane = Lane(engine=ready.engine, pictures=ready.spec.pictures(), rows=range(len(files)))
     probe = _Probe(loader(ready.decoder), least=SCALED_KEEPS * ready.spec.preprocessing.resize_size)
     stages, failed = Stages(), 0
-    threads = ready.engine.callers or workers
+    at_once = (ready.engine.callers or workers) * ready.engine.batch_size  # images in the forward pass
 
     marks = [_Mark.now(0, stages, probe)]
+    first = marks[0]
     with closing(embed_lanes(files, [lane], load=probe, workers=workers, stages=stages)) as batches:
         for _, batch in batches:
             failed += sum(isinstance(outcome, ImageFailure) for outcome in batch.outcomes)
             marks.append(_Mark.now(marks[-1].images + len(batch.outcomes), stages, probe))
-            steady = marks[_WARMING * threads :]
-            if len(steady) > _COUNTED * threads and steady[-1].at - steady[0].at >= SAMPLE_SECONDS:
+            first = next((mark for mark in marks if mark.images >= _WARMING * at_once), marks[-1])
+            enough = marks[-1].images - first.images >= _COUNTED * at_once
+            if enough and marks[-1].at - first.at >= SAMPLE_SECONDS:
                 break
-    whole = marks[-1].images == len(pending)
-    first = marks[0] if whole else marks[min(_WARMING * threads, len(marks) - 2)]
+    if marks[-1].images == len(pending) or first is marks[-1]:
+        first = marks[0]
     return _between(marks[0], first, marks[-1], failed=failed, shrinkable=probe.shrinkable)
 
 

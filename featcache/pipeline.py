@@ -29,12 +29,15 @@ from featcache.spec import Picture, view_key
 
 # Of a lane: filling, full or computed, besides those in the forward pass; bounds the memory.
 BATCHES_AHEAD = 3
-PICTURES_AHEAD = 16  # at least so many are in work for a lane, however small its batches are
+PICTURES_AHEAD = 48  # at least so many are in work for a lane, however small its batches are
+# That a thread which decodes has decoded before it goes over to the network, for it finds its caches cold.
+PICTURES_IN_TURN = 16
 IMAGE_SECONDS = 60.0  # to read and decode one image; one that takes longer costs its row
 # In a process: less than its thread may take, so that the process is ended and not the thread left behind.
 _IN_PROCESS_SECONDS = IMAGE_SECONDS - 10
 _CLOSING_SECONDS = 5.0  # that a pass which ends early waits for what is in work
 _LOOK_SECONDS = 0.5  # between two looks at how long the images in work have taken
+_TAKE_SECONDS = 0.02  # between two looks at what is computed, where no thread waits
 
 Load = Callable[[Path, Sequence[Picture]], LoadedPictures | ImageFailure]
 
@@ -47,7 +50,7 @@ def embed_files(
     decoder: Decoder,
     workers: int,
 ) -> Iterator[EmbeddedBatch]:
-    """Yield the features of `files` in order, `engine.batch_size` at a time.
+    """Yield the features of `files` in order, some at a time.
 
     A file that cannot be read or decoded costs its own row: its outcome is an ImageFailure.
     """
@@ -92,7 +95,7 @@ def embed_lanes(
     workers: int,
     stages: Stages | None = None,
 ) -> Generator[tuple[int, EmbeddedBatch]]:
-    """Yield (index of the lane, its next batch) until every lane has all of its rows.
+    """Yield (index of the lane, its next images) until every lane has all of its rows.
 
     Each file is read and decoded once for all lanes that want it. load: what does that, from any thread.
     """
@@ -138,6 +141,7 @@ class _Worker(threading.Thread):
         self._run = run
         self.image: _Image | None = None
         self.begun = 0.0
+        self.computing = False
         self.left_behind = False
 
     def run(self) -> None:
@@ -145,13 +149,19 @@ class _Worker(threading.Thread):
 
 
 class _Pass:
-    """One pass over the files. All state is guarded by `_changed`; work is done outside of it."""
+    """One pass over the files. All state is guarded by `_lock`; work is done outside of it.
+
+    Who takes what is computed is not woken for every batch, for that would take a processor from those that
+    compute: it looks every `_TAKE_SECONDS`, and at once where a thread has nothing to do.
+    """
 
     def __init__(
         self, files: Sequence[Path], lanes: Sequence[Lane], *, load: Load, workers: int, stages: Stages
     ) -> None:
         self._files, self._lanes, self._load, self._stages = files, lanes, load, stages
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._jobs = threading.Condition(self._lock)  # there is something to do
+        self._idle = threading.Condition(self._lock)  # a thread has nothing to do, or all of them are over
         self._wanted = _by_file(lanes)
         self._next: tuple[int, list[int]] | None = next(self._wanted, None)
         self._todo: deque[_Image] = deque()
@@ -177,7 +187,7 @@ class _Pass:
 
     def batches(self) -> Iterator[tuple[int, EmbeddedBatch]]:
         while True:
-            with self._changed:
+            with self._lock:
                 self._place_images()
                 if self._next is None and not any(self._open):
                     return
@@ -185,15 +195,16 @@ class _Pass:
                 if not ready:
                     if self._error is not None:
                         raise self._error
-                    self._changed.wait(_LOOK_SECONDS)
+                    self._idle.wait(_TAKE_SECONDS)
                     self._look_for_slow_images()
-            yield from ready
+            for lane, batches in ready:
+                yield lane, _joined(batches)
 
     def close(self) -> None:
-        with self._changed:
+        with self._lock:
             self._closing = True
             self._todo.clear()
-            self._changed.notify_all()
+            self._jobs.notify_all()
         until = time.monotonic() + min(IMAGE_SECONDS, _CLOSING_SECONDS)
         for thread in (*self._workers, *self._callers):
             thread.join(max(0.0, until - time.monotonic()))
@@ -226,33 +237,45 @@ class _Pass:
             except _Over:
                 raise
             except BaseException as error:
-                with self._changed:
+                with self._lock:
                     self._error = self._error or error
                     self._closing = True
-                    self._changed.notify_all()
+                    self._jobs.notify_all()
+                    self._idle.notify()
                 raise _Over from error
 
     def _next_job(self, worker: _Worker) -> _Batch | _Image:
-        """A full batch before another image, so that little is in memory."""
-        with self._changed:
+        """Images until some batches are full, then these."""
+        with self._lock:
             while not self._closing:
                 full = next((self._full[lane] for lane in self._shared if self._full[lane]), None)
-                if full is not None:
+                worker.computing = full is not None and (
+                    worker.computing or not self._todo or self._pictures_waiting() >= PICTURES_IN_TURN
+                )
+                if full is not None and worker.computing:
                     return full.popleft()
                 if self._todo:
                     worker.begun = time.monotonic()
                     worker.image = self._todo.popleft()
                     return worker.image
-                self._changed.wait()
+                self._wait_for_job()
             raise _Over
 
     def _next_full(self, lane: int) -> _Batch:
-        with self._changed:
+        with self._lock:
             while not self._closing:
                 if self._full[lane]:
                     return self._full[lane].popleft()
-                self._changed.wait()
+                self._wait_for_job()
             raise _Over
+
+    def _pictures_waiting(self) -> int:
+        """Of the batches that the threads which decode may compute."""
+        return sum(self._lanes[lane].engine.batch_size * len(self._full[lane]) for lane in self._shared)
+
+    def _wait_for_job(self) -> None:
+        self._idle.notify()
+        self._jobs.wait()
 
     def _decode(self, image: _Image, worker: _Worker) -> None:
         begun = time.perf_counter()
@@ -264,7 +287,7 @@ class _Pass:
             loaded = ImageFailure(status=RowStatus.TOO_LARGE, reason=reason, stat=NO_FILE)
         self._stages.add(decoding=time.perf_counter() - begun)
         found = {} if isinstance(loaded, ImageFailure) else dict(zip(pictures, loaded.pixels, strict=True))
-        with self._changed:
+        with self._lock:
             worker.image = None
             if image.settled:
                 return
@@ -277,13 +300,13 @@ class _Pass:
 
     def _settle(self, image: _Image, loaded: LoadedPictures | ImageFailure) -> None:
         outcome = loaded if isinstance(loaded, ImageFailure) else _without_pixels(loaded)
-        with self._changed:
+        with self._lock:
             for batch, slot in image.places:
                 batch.outcomes[slot] = outcome
                 batch.missing -= 1
                 if not batch.missing:
                     self._full[batch.lane].append(batch)
-                    self._changed.notify_all()
+                    self._jobs.notify_all()
 
     def _compute(self, batch: _Batch) -> None:
         lane, count = self._lanes[batch.lane], len(batch.outcomes)
@@ -293,10 +316,9 @@ class _Pass:
             found = lane.engine.embed(pixels[:count])
             features |= {view_key(key, view): vectors for key, vectors in found.items()}
         self._stages.add(forward=time.perf_counter() - begun)
-        with self._changed:
+        with self._lock:
             self._spare[batch.lane].append(batch.pixels)
             batch.pixels, batch.features = [], features
-            self._changed.notify_all()
 
     # What the thread that takes the batches does, holding the lock
 
@@ -309,7 +331,7 @@ class _Pass:
             self._next = next(self._wanted, None)
             placed = True
         if placed:
-            self._changed.notify_all()
+            self._jobs.notify_all()
 
     def _has_room(self, lane: int) -> bool:
         """Whether the lane may take another image."""
@@ -333,20 +355,23 @@ class _Pass:
             return self._spare[lane].pop()
         return [self._lanes[lane].engine.allocate() for _ in self._lanes[lane].pictures]
 
-    def _take_ready(self) -> list[tuple[int, EmbeddedBatch]]:
-        """The batches that are computed, as far as none before them of their lane is missing."""
-        ready = []
+    def _take_ready(self) -> list[tuple[int, list[_Batch]]]:
+        """Of each lane the batches that are computed, as far as none before them is missing."""
+        ready: list[tuple[int, list[_Batch]]] = []
         for index, open_ in enumerate(self._open):
+            batches = []
             while open_ and open_[0].features is not None:
-                batch = open_.popleft()
-                outcomes = [outcome for outcome in batch.outcomes if outcome is not None]
-                ready.append((index, EmbeddedBatch(outcomes=outcomes, features=batch.features or {})))
+                batches.append(open_.popleft())
+            if batches:
+                ready.append((index, batches))
         return ready
 
     def _look_for_slow_images(self) -> None:
         """Give up images that have taken too long; their threads are left behind and replaced."""
         now = time.monotonic()
         since = now - self._looked
+        if since < _LOOK_SECONDS:
+            return
         if since > 2 * _LOOK_SECONDS:  # the process was stopped, or whoever takes batches was busy
             for worker in self._workers:
                 worker.begun += since
@@ -360,6 +385,15 @@ class _Pass:
             self._workers[self._workers.index(worker)] = replacement
             replacement.start()
             self._settle(image, _too_slow())
+
+
+def _joined(batches: Sequence[_Batch]) -> EmbeddedBatch:
+    """Consecutive batches of a lane, all of them computed, as one."""
+    parts = [batch.features or {} for batch in batches]
+    return EmbeddedBatch(
+        outcomes=[outcome for batch in batches for outcome in batch.outcomes if outcome is not None],
+        features={key: np.concatenate([part[key] for part in parts]) for key in parts[0]},
+    )
 
 
 class _Over(Exception):

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from featcache.errors import BackboneError
+
 Transform = Callable[[Any], Any]
 
 _KNOWN: dict[str, Transform] = {}
@@ -22,7 +24,8 @@ def know_transform(transform: Transform) -> str:
     """The name of a function at the top of a module, `module:function@digits`, which stands in a spec.
 
     The digits are of the sha256 of the file that the function is in: an edit there makes other features.
-    ValueError for a callable that is not such a function.
+    ValueError for a callable that is not such a function, BackboneError where the file is no longer the one
+    that it was first known from: what runs would not be what is recorded.
     """
     module, function = (
         getattr(transform, "__module__", ""),
@@ -35,6 +38,11 @@ def know_transform(transform: Transform) -> str:
         )
     digits = hashlib.sha256(Path(inspect.getfile(transform)).read_bytes()).hexdigest()[:16]
     name = f"{module}:{function}@{digits}"
+    if any(known is transform and known_as != name for known_as, known in _KNOWN.items()):
+        raise BackboneError(
+            f"the file of the transform {module}:{function} was changed since this process imported it. "
+            "Start Python anew, so that what runs is what is recorded."
+        )
     _KNOWN[name] = transform
     return name
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
 _RECORDED = (
@@ -23,7 +24,7 @@ def installed() -> dict[str, str]:
     return found
 
 
-def same_backbone_libraries(recorded: dict[str, str]) -> bool:
+def same_backbone_libraries(recorded: Mapping[str, object]) -> bool:
     """Whether the libraries that define backbones are the recorded ones."""
     now = installed()
     return all(now.get(name) == recorded.get(name) for name in _DECIDING)

@@ -32,7 +32,8 @@ from gaussians import PROVENANCE
 from featcache.records import NO_FILE, ImageRecord, RowStatus
 from featcache.spec import FeatureNode
 from featcache.store import blocks
-from featcache.store.layout import SOURCE_DTYPE, RowTable, create_store
+from featcache.store.creating import create_store
+from featcache.store.layout import SOURCE_DTYPE, RowTable
 from featcache.store.reader import FeatureStore
 from featcache.store.writer import StoreWriter
 

@@ -60,6 +60,7 @@ class Network:
     img2vec: str = ""
     torchvision: bool = True
     tokens: bool = False
+    forward_batches: tuple[int, ...] = (1, 4, 16)  # of the libraries alone, in the look
 
 
 NETWORKS = {
@@ -77,7 +78,7 @@ NETWORKS = {
     ),
     "vit_b_16": Network(
         name="vit_b_16", images=120, loop_images=32, timm="vit_base_patch16_224", module="encoder.ln",
-        classifier="heads", tokens=True,
+        classifier="heads", tokens=True, forward_batches=(1, 4),
     ),
 }  # fmt: skip
 

@@ -25,7 +25,6 @@ import numpy as np
 
 Job = dict[str, Any]
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-BATCHES = (1, 4, 16)  # of a forward pass
 IN_MEMORY = 1000  # encoded images
 LOOK_SECONDS, TURN_SECONDS = 0.8, 1.5
 
@@ -182,7 +181,7 @@ def _forward_forms(job: Job) -> Iterable[tuple[str, Callable[[float], float]]]:
     for name in (DEFAULT_ENGINE, *other_engines()):
         for batch in batch_sizes(name, "cpu"):
             yield f"{name}, batch {batch}", partial(_engine_rate, backbone, name, batch)
-    for calls, batch in itertools.product(sorted({1, CORES}), BATCHES):
+    for calls, batch in itertools.product(sorted({1, CORES}), job["forward_batches"]):
         how = f"{calls} calls at once" if calls > 1 else "one call"
         yield f"torch alone, {how}, batch {batch}", partial(_module_rate, backbone, batch, calls)
         if find_spec("onnxruntime"):

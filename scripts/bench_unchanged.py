@@ -32,7 +32,8 @@ from featcache.images import scan_images
 from featcache.images.identity import ImageIdentity, hash_image
 from featcache.images.paths import resolve
 from featcache.records import RowStatus
-from featcache.store.layout import SOURCE_DTYPE, RowTable, create_store
+from featcache.store.creating import create_store
+from featcache.store.layout import SOURCE_DTYPE, RowTable
 from featcache.store.reader import FeatureStore
 from featcache.store.writer import StoreWriter
 

@@ -25,7 +25,8 @@ from gaussians import PROVENANCE, gaussian_features, write_store
 from featcache.commands.fit import fit
 from featcache.model import Model
 from featcache.records import NO_FILE, ImageRecord, RowStatus
-from featcache.store.layout import SOURCE_DTYPE, RowTable, create_store
+from featcache.store.creating import create_store
+from featcache.store.layout import SOURCE_DTYPE, RowTable
 from featcache.store.reader import FeatureStore
 from featcache.store.writer import StoreWriter
 

@@ -11,8 +11,9 @@ import numpy as np
 
 from featcache.records import NO_FILE, ImageRecord, RowStatus
 from featcache.spec import FeatureNode, FeatureSpec, Preprocessing
+from featcache.store.creating import create_store
 from featcache.store.features import FeatureSet
-from featcache.store.layout import SOURCE_DTYPE, RowTable, create_store
+from featcache.store.layout import SOURCE_DTYPE, RowTable
 from featcache.store.reader import FeatureStore
 from featcache.store.writer import StoreWriter
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from featcache.backbones import Backbone, bundled, load_backbone, make_backbone, torchvision
-from featcache.backbones.nodes import make_extractor
+from featcache.backbones.nodes import list_nodes, make_extractor
 from featcache.errors import BackboneError, UnknownNode
-from featcache.spec import FeatureNode, Preprocessing
+from featcache.spec import PENULTIMATE, FeatureNode, Preprocessing
 
 TINY = Preprocessing(resize_size=8, crop_size=8)
 
@@ -233,3 +233,50 @@ def test_no_nodes_is_a_mistake_of_the_caller() -> None:
     backbone: Any = make_backbone(nn.ReLU(), preprocessing=TINY)
     with pytest.raises(ValueError, match="nodes is empty"):
         make_extractor(backbone, [])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "swin_t", "efficientnet_lite0"])
+def test_nodes_are_listed_as_they_are_when_they_are_asked_for(name: str) -> None:
+    backbone = small(name)
+    listed = {node.name: node for node in list_nodes(backbone)}
+    assert list(listed)[-1] == PENULTIMATE
+    asked = [name for i, name in enumerate(listed) if i % 7 == 0 or name == PENULTIMATE]
+    made = {node.name: node for node in make_extractor(backbone, asked).nodes}
+    assert {name: node.num_features for name, node in made.items()} == {
+        name: listed[name].num_features for name in asked
+    }
+    assert {name: node.pooling for name, node in made.items()} == {
+        name: listed[name].pooling for name in asked
+    }
+
+
+def test_blocks_are_the_parts_that_a_network_is_a_sequence_of() -> None:
+    nodes = list_nodes(small("vit_b_32"))
+    blocks = [node.name for node in nodes if node.is_block]
+    layers = [f"encoder.layers.encoder_layer_{i}" for i in range(12)]
+    assert blocks == [
+        "conv_proj", "encoder.dropout", *layers, "encoder.layers", "encoder.ln", "encoder",
+        "heads.head", "heads", PENULTIMATE,
+    ]  # fmt: skip
+    shapes = {node.name: (node.shape, node.pooling) for node in nodes}
+    assert shapes["conv_proj"] == ((768, 7, 7), "avg")
+    assert shapes["encoder.ln"] == ((50, 768), "cls")
+
+
+class LooksAtNumbers(nn.Module):
+    """Of a black image the sum is zero; without numbers there is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 5, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.stem(images)
+        pooled: torch.Tensor = x.mean((2, 3)) if images.sum() == 0 else x.amax((2, 3))
+        return pooled
+
+
+def test_of_a_network_that_cannot_be_traced_the_penultimate_node_is_listed() -> None:
+    backbone = make_backbone(LooksAtNumbers(), preprocessing=Preprocessing(resize_size=8, crop_size=8))
+    (node,) = list_nodes(backbone)
+    assert (node.name, node.num_features, node.shape) == (PENULTIMATE, 5, (5,))

@@ -15,7 +15,9 @@ from conftest import make_toy_store, toy_records, toy_spec
 from gaussians import gaussian_features, write_store
 
 from featcache.cli import main
-from featcache.store.layout import RowTable, create_store, read_layout
+from featcache.store.creating import create_store
+from featcache.store.layout import RowTable
+from featcache.store.opening import read_layout
 from featcache.store.reader import FeatureStore
 
 TOY = "channel_mean:channel_mean"

@@ -15,7 +15,7 @@ from faults.damage import KINDS, Damaged, Truth, choose_change, find_fault, make
 from featcache.errors import DamagedStore
 from featcache.store import reader
 from featcache.store.blocks import BlockCheck, BlockState
-from featcache.store.layout import read_layout
+from featcache.store.opening import read_layout
 from featcache.store.reader import FeatureStore
 
 ROUNDS = 24  # of every kind in a run of the tests; `scripts/fault_damage.py` makes thousands
@@ -84,7 +84,7 @@ def test_a_reader_without_a_check_is_caught(
 
 def test_a_reader_without_a_seal_is_caught(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     sealed = bench.truth.versions.now[bench.parts["seal"][0].start :][:64].decode()
-    monkeypatch.setattr("featcache.store.layout.compute_seal", lambda *_: sealed)
+    monkeypatch.setattr("featcache.store.opening.compute_seal", lambda *_: sealed)
     assert bench.faults("one bit", seeds=range(5), within=("ids",))
     assert len(bench.faults("one bit", seeds=range(5), within=("gaps",))) == 5
 

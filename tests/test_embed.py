@@ -660,14 +660,14 @@ def test_a_second_interrupt_stops_at_once(many: Path, store: Path) -> None:
         rows, signals = 0, 0
 
         def advance(self, count: int, **_: object) -> None:
-            before, self.rows = self.rows, self.rows + count
-            if before >= 256:  # in the fifth block, and far from its end
-                self.signals += 1
-                signal.raise_signal(signal.SIGINT)
+            self.rows += count
+            if self.rows > 256:  # in the fifth block of 64 rows, of which no more than 48 come together
+                for self.signals in (1, 2):
+                    signal.raise_signal(signal.SIGINT)
 
     progress = Twice()
     with default_ctrl_c(), pytest.raises(KeyboardInterrupt) as stopped:
-        embed(many, store, backbone=TOY, batch_size=2, progress=progress)  # a few of them are no block
+        embed(many, store, backbone=TOY, batch_size=2, progress=progress)
     assert progress.signals == 2
     assert stopped.value.__notes__ == ["256 of 600 rows are kept; run the same command again to go on"]
     assert FeatureStore.open(store).done.sum() == 256

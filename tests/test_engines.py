@@ -288,6 +288,36 @@ def test_an_engine_whose_library_is_not_installed_says_what_to_install(
         make_engine(load_backbone(TOY), engine="onnx")
 
 
+class Greedy(nn.Module):
+    """Wants more memory than any machine has, but not for the one image on which copies are compared."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if len(images) > 1:
+            torch.empty(1 << 50)
+        return images.mean((2, 3))
+
+
+def test_a_lack_of_memory_is_one_line() -> None:
+    backbone = make_backbone(Greedy(), preprocessing=Preprocessing(resize_size=8, crop_size=8))
+    engine = make_engine(backbone, device="cpu", batch_size=4)
+    with pytest.raises(
+        DeviceError, match="cpu has not enough memory for batches of 4 images: pass a smaller"
+    ):
+        engine.embed(pixels(1))
+
+
+def test_another_error_in_the_network_is_not_taken_for_a_lack_of_memory() -> None:
+    class Broken(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            if len(images) > 1:
+                raise RuntimeError("a fault of the network")
+            return images.mean((2, 3))
+
+    backbone = make_backbone(Broken(), preprocessing=Preprocessing(resize_size=8, crop_size=8))
+    with pytest.raises(RuntimeError, match="a fault of the network"):
+        make_engine(backbone, device="cpu", batch_size=4).embed(pixels(1))
+
+
 class Unexportable(nn.Module):
     """ONNX has no singular values."""
 
@@ -345,6 +375,21 @@ class TestOnnxRuntime:
         toy = load_backbone(TOY)
         with pytest.raises(DeviceError, match="too large"):
             make_engine(replace(toy, module=Large()), batch_size=1, engine="onnx")
+
+    def test_a_session_that_fails_is_one_line(self) -> None:
+        from featcache.engines import onnx_runtime
+
+        class Failing:
+            def run(self, *_: object) -> None:
+                raise onnx_runtime.states.RuntimeException("Failed to allocate memory for 9 bytes\nat line 1")
+
+        engine = onnx_runtime.OnnxRuntime(
+            Failing(), nodes=(), crop_size=8, device=torch.device("cpu"), batch_size=2
+        )
+        with pytest.raises(
+            DeviceError, match=r"onnx failed on cpu in a batch of 2 images \(Failed .* 9 bytes\): pass"
+        ):
+            engine.embed(pixels(1))
 
     def test_it_uses_no_more_threads_than_torch(self) -> None:
         engine: Any = make_engine(load_backbone(TOY), engine="onnx")

@@ -22,7 +22,7 @@ from featcache.explanation import FIELDS, Explanation
 from featcache.progress import SilentProgress
 from featcache.reuse import Reason
 from featcache.spec import FeatureNode, FeatureSpec, Preprocessing
-from featcache.store.layout import read_layout
+from featcache.store.opening import read_layout
 from featcache.store.reader import FeatureStore
 
 TOY = "channel_mean:channel_mean"
@@ -230,7 +230,7 @@ def test_the_reasons_are_what_embed_then_does(
         (photos / name).write_bytes(name.encode())
     agree(  # nothing of it is there yet: all are new to a store that holds other images
         _explained(make_other(tmp_path, save_image), photos),
-        embed(photos, tmp_path / "o.h5", backbone=TOY, max_failures=1),
+        embed(photos, tmp_path / "o.h5", backbone=TOY, max_failures=1, prune=True),
     )
     embed(photos, store, backbone=TOY, batch_size=2, max_failures=1)
     agree(_explained(store, photos), embed(photos, store, backbone=TOY, max_failures=1))

@@ -20,6 +20,7 @@ from gaussians import PROVENANCE
 from featcache.errors import NotAStore, StoreError
 from featcache.records import NO_FILE, ImageRecord
 from featcache.spec import FeatureNode
+from featcache.store.creating import create_store
 from featcache.store.hdf5 import (
     SIGNATURE,
     ForeignHDF5,
@@ -29,7 +30,8 @@ from featcache.store.hdf5 import (
     read_root,
     text_size,
 )
-from featcache.store.layout import RECORD_DTYPE, SOURCE_DTYPE, RowTable, create_store, read_layout
+from featcache.store.layout import RECORD_DTYPE, SOURCE_DTYPE, RowTable
+from featcache.store.opening import read_layout
 from featcache.store.storage import SparseBytes
 
 COLUMNS = ("labels", "splits", "ids", "classes", "row_status", "sources", "blocks", "seal")

@@ -19,7 +19,6 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from featcache.errors import HeadError, ModelError
 from featcache.heads import HEADS, build_head, find_head
 from featcache.heads.estimators import EstimatorHead, _check_tree
-from featcache.heads.linear import MinibatchHead
 from featcache.heads.logistic import LogisticHead
 from featcache.heads.neighbors import NeighborsHead
 from featcache.heads.parameters import parse_value
@@ -171,28 +170,6 @@ def test_neighbours_vote_as_the_formula_says() -> None:
     expected = (2 * a / (a + b) + 0.5) / 3
     np.testing.assert_allclose(head.predict_proba(query), [[expected, 1 - expected]], rtol=1e-4)
     assert head.predict_proba(X).min() > 0
-
-
-def test_the_minibatch_head_leaves_the_global_generator_alone_and_repeats_itself() -> None:
-    import torch
-
-    X, y = blobs()
-    before = torch.get_rng_state()
-    first, second = (MinibatchHead(seed=1).fit(X, y).coef_ for _ in range(2))
-    assert torch.equal(before, torch.get_rng_state())
-    np.testing.assert_array_equal(first, second)
-    big, labels = blobs(n=600)  # the seed orders rows, which matters once there are several steps an epoch
-    one, other = (MinibatchHead(seed=seed).fit(big, labels).coef_ for seed in (1, 2))
-    assert not np.array_equal(one, other)
-
-
-def test_the_batch_size_of_the_minibatch_head_does_not_decide_the_result() -> None:
-    """Trap: a learning rate tied to the batch size."""
-    X, y = blobs(n=1024, gap=0.5)
-    small, large = (
-        MinibatchHead(batch_size=size, epochs=20, lr=1e-2).fit(X, y).predict_proba(X) for size in (32, 512)
-    )
-    assert np.abs(small - large).max() < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -357,6 +357,13 @@ def test_a_view_of_other_rows_is_refused() -> None:
         MinibatchHead().fit(X, y, views=[X[1:]])
 
 
+def test_a_view_that_is_not_finite_is_not_taken_for_a_training_that_diverged() -> None:
+    X, y = blobs(60)
+    view = np.where(np.arange(60)[:, None] == 7, np.nan, X).astype(np.float32)
+    with pytest.raises(ValueError, match="a view holds values that are not finite"):
+        MinibatchHead().fit(X, y, views=[view])
+
+
 def test_a_candidate_that_diverges_loses_the_search() -> None:
     X, y = blobs(120)
     search = head_of("linear", epochs=10).start_search(

@@ -6,6 +6,7 @@ The stores here are edited by HDF5 itself; where a sound seal could be computed 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,8 @@ from featcache.errors import DamagedStore, FeatcacheError, ModelError, NotAStore
 from featcache.fitting import fit_features
 from featcache.model import Model
 from featcache.records import NO_FILE, ImageRecord
-from featcache.store.layout import RowTable, create_store
+from featcache.store.creating import create_store
+from featcache.store.layout import RowTable
 from featcache.store.reader import FeatureStore
 
 PATIENCE = 120  # seconds; nothing here may wait for anybody
@@ -251,6 +254,26 @@ def test_an_attribute_no_store_has_is_refused(toy_store: Path, name: str, text: 
     with pytest.raises((NotAStore, DamagedStore), match=words) as caught:
         FeatureStore.open(toy_store)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("views", "words"),
+    [(10**9, "at most 1,000 views"), (1000, "has not 2 nodes of every view"), (3, "no dataset|/features")],
+)
+def test_views_that_a_file_cannot_have_are_not_looked_for(toy_store: Path, views: int, words: str) -> None:
+    """Trap: a name made for each of a thousand million datasets takes all memory there is."""
+    spec = toy_spec(views=2).to_json().replace('"views":2', f'"views":{views}')
+    digest = hashlib.sha256(spec.encode()).hexdigest()
+
+    def change(file: h5py.File) -> None:
+        for name, text in (("spec", spec), ("fingerprint", digest)):
+            file.attrs.create(name, np.bytes_(text), dtype=h5py.string_dtype("utf-8", len(text)))
+
+    edit_store(toy_store, change)
+    begun = time.monotonic()
+    with pytest.raises((NotAStore, DamagedStore), match=words):
+        FeatureStore.open(toy_store)
+    assert time.monotonic() - begun < 5
 
 
 @pytest.mark.parametrize("value", ["of any length", np.arange(4), np.zeros(3, "S9"), h5py.Empty("S3"), 1.5])

@@ -37,9 +37,13 @@ LAYERS = (
         "exporting",
         "fitting",
         "joining",
+        "keeping",
         "model",
+        "options",
         "inference",
         "answers",
+        "next_step",
+        "outputs",
         "tuning",
     },
     {"images", "backbones", "store", "heads"},
@@ -51,16 +55,19 @@ WITHIN_A_LAYER = {
     "cli": {"demo"}, "__main__": {"cli"}, "lanes": {"engines"},
     "pipeline": {"engines", "lanes"}, "filling": {"lanes", "reuse"},
     "request": {"engines"}, "embedder": {"engines", "request"},
-    "explanation": {"reuse"}, "sharding": {"reuse"},
+    "explanation": {"reuse"}, "keeping": {"reuse"}, "sharding": {"reuse"},
     "embedding": {"embedder", "filling", "lanes", "pipeline", "request", "reuse"},
     "together": {"embedding", "lanes", "pipeline", "reuse"},
-    "update": {"embedding", "forecast", "reuse", "sharding"},
+    "update": {"embedding", "forecast", "keeping", "reuse", "sharding"},
+    "options": {"embedder", "embedding", "engines", "origin", "request", "sharding"},
     "inference": {"engines", "lanes", "model", "pipeline", "request"},
     "answers": {"inference", "model"},
+    "next_step": {"answers", "evaluate", "fitting", "model"},
+    "outputs": {"model"},
     "fitting": {"evaluate", "model"},
     "tuning": {
-        "embedder", "embedding", "engines", "evaluate", "fitting", "model", "origin", "request", "together",
-        "update",
+        "answers", "embedder", "embedding", "engines", "evaluate", "fitting", "inference", "model",
+        "next_step", "origin", "request", "sharding", "together", "update",
     },
     "exporting": {"engines", "model", "request"},
     "forecast": {"embedder", "embedding", "lanes", "pipeline", "request", "reuse"},
@@ -149,7 +156,20 @@ def test_the_command_line_starts_without_the_heavy_libraries() -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", ["info", "fit", "compare", "embed", "verify", "repair", "explain", "merge", "plan", "evaluate"]
+    "verb",
+    [
+        "info",
+        "fit",
+        "compare",
+        "embed",
+        "verify",
+        "repair",
+        "explain",
+        "merge",
+        "plan",
+        "evaluate",
+        "finetune",
+    ],
 )
 def test_a_verb_is_imported_without_torch(verb: str) -> None:
     assert not loaded_after(f"import featcache.commands.{verb}") & {"torch", "torchvision", "timm"}

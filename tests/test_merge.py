@@ -23,8 +23,9 @@ from featcache.errors import DamagedStore, IncompleteStore, NotAStore, SpecMisma
 from featcache.records import NO_FILE, ImageRecord, RowStatus
 from featcache.sharding import Shard
 from featcache.spec import FeatureNode, FeatureSpec, Preprocessing
+from featcache.store.creating import create_store
 from featcache.store.files import StoreFiles
-from featcache.store.layout import SOURCE_DTYPE, RowTable, create_store
+from featcache.store.layout import SOURCE_DTYPE, RowTable
 from featcache.store.lock import write_lock
 from featcache.store.reader import FeatureStore
 from featcache.store.writer import StoreWriter

@@ -15,15 +15,18 @@ from sklearn.preprocessing import StandardScaler
 
 from featcache.commands.fit import fit
 from featcache.errors import HeadError
-from featcache.evaluate.nodes import PENALTIES, _Judge, choose_nodes
+from featcache.evaluate.nodes import PENALTIES, _Judge, choice_seconds, choose_nodes, rows_within
 from featcache.evaluate.splits import Folds
+from featcache.fitting import nodes as nodes_module
 from featcache.fitting.rows import choose_rows
 from featcache.heads.ridge import RidgeHead
 from featcache.model import Model
+from featcache.progress import SilentProgress
 from featcache.records import NO_FILE, ImageRecord, RowStatus
 from featcache.spec import FeatureNode
+from featcache.store.creating import create_store
 from featcache.store.features import FeatureSet
-from featcache.store.layout import SOURCE_DTYPE, RowTable, create_store
+from featcache.store.layout import SOURCE_DTYPE, RowTable
 from featcache.store.reader import FeatureStore
 from featcache.store.writer import StoreWriter
 
@@ -103,6 +106,30 @@ def test_a_node_wider_than_there_are_rows_is_judged_on_axes_of_its_own() -> None
     np.testing.assert_allclose(found[held], head.predict(Z[held]), atol=2e-4)
 
 
+def test_of_many_rows_the_training_rows_are_told_by_their_numbers() -> None:
+    parts, y, folds = three_parts()
+    rows = np.sort(np.random.default_rng(1).permutation(1000)[:300])
+    among = {key: np.full((1000, X.shape[1]), np.nan) for key, X in parts.items()}
+    for key, X in parts.items():
+        among[key][rows] = X
+    assert choose_nodes(among, y, folds, rows=rows) == choose_nodes(parts, y, folds)
+    assert choose_nodes(parts, y, folds, most=120).n_rows == 120
+
+
+def test_less_time_judges_nodes_by_fewer_rows() -> None:
+    widths = [1280, 320, 112]
+    seconds = choice_seconds(widths, n=20_000, k=10)
+    assert rows_within(seconds, widths, n=10**6, k=10) == 20_000
+    fewer = rows_within(0.9 * seconds, widths, n=10**6, k=10)
+    assert 2_000 < fewer < 20_000
+    assert choice_seconds(widths, n=fewer, k=10) <= 0.9 * seconds
+    assert rows_within(1e-9, widths, n=10**6, k=10) == 2_000
+    assert rows_within(1e-9, widths, n=300, k=10) == 300
+    assert rows_within(1e9, widths, n=10**6, k=5000) == 2_000  # rows x classes are bounded as well
+    # Wider nodes than there are rows are turned onto as many axes.
+    assert choice_seconds([50_000], n=100, k=2) == choice_seconds([100], n=100, k=2)
+
+
 def test_without_folds_nodes_cannot_be_compared() -> None:
     parts, y, _ = three_parts()
     with pytest.raises(ValueError, match="no row could be held out"):
@@ -135,6 +162,25 @@ def test_nodes_of_a_store_are_chosen_named_or_all_and_the_model_remembers_them(s
     one = fit(store, head="ridge", curve=False)
     assert (one.nodes, one.other_nodes) == (("first",), ("second", "noise"))
     assert chosen.metrics.accuracy > one.metrics.accuracy + 0.1
+
+
+def test_the_budget_covers_the_choice_of_nodes(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    class Progress(SilentProgress):
+        def note(self, message: str) -> None:
+            said.append(message)
+
+    monkeypatch.setattr(nodes_module, "choice_seconds", lambda *_, **__: 45.0)
+    result = fit(store, nodes="auto", budget=45.0, curve=False, progress=Progress())
+    assert said == ["choosing among 3 nodes by 240 rows takes about 45 s of the 45 s of --budget"]
+    assert result.competition is not None
+    assert [one.head for one in result.competition.contenders] == ["ncm"]  # one is tried whatever is left
+    why = {one.head: one.why for one in result.competition.left_out}
+    assert why["ridge"] == "the 45 s of --budget were spent"
+    enough = fit(store, nodes="auto", budget=400.0, curve=False)
+    assert enough.competition is not None
+    assert len(enough.competition.contenders) > 3
 
 
 def test_a_store_of_one_node_has_nothing_to_choose(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import Counter
@@ -77,6 +78,10 @@ def statuses(batches: Sequence[EmbeddedBatch]) -> dict[int, RowStatus]:
     return {i: outcome.status for i, outcome in enumerate(outcomes) if isinstance(outcome, ImageFailure)}
 
 
+def count_images(batches: Sequence[EmbeddedBatch]) -> int:
+    return sum(len(batch.outcomes) for batch in batches)
+
+
 def wait_until(reached: Callable[[], bool], seconds: float = 20.0) -> bool:
     deadline = time.monotonic() + seconds
     while not reached() and time.monotonic() < deadline:
@@ -115,7 +120,8 @@ def test_images_come_in_order_with_their_own_features(count: int, workers: int, 
     load = Loader(special=dict.fromkeys(range(0, 23, 5), dawdle))
     (batches,) = run([lane(FakeEngine(batch_size=4, callers=callers), range(count))], load, workers=workers)
     assert numbers(batches) == list(range(count))
-    assert [len(batch.outcomes) for batch in batches] == [4] * (count // 4) + [count % 4] * (count % 4 > 0)
+    for batch in batches:
+        assert {len(batch.outcomes)} == {len(vectors) for vectors in batch.features.values()}
     outcomes = [outcome for batch in batches for outcome in batch.outcomes]
     assert [outcome.sha256[0] for outcome in outcomes if outcome.sha256] == list(range(count))
     assert all(isinstance(outcome, EmbeddedImage) for outcome in outcomes)
@@ -139,17 +145,31 @@ def test_lanes_of_other_rows_batches_and_pictures_share_one_decoding() -> None:
 
 
 def test_a_slow_taker_holds_up_the_work_so_that_memory_is_bounded() -> None:
-    """Batches of 4 and two workers: five batches, 20 pictures, are ahead of what was taken."""
+    """Batches of 4 and two workers: twelve batches, 48 pictures, are ahead of what was taken."""
     load, engine = Loader(), FakeEngine(batch_size=4)
     batches = embed_lanes(files(100), [lane(engine, range(100))], load=load, workers=2)
     with closing(batches):
         next(batches)
-        assert wait_until(lambda: load.loads.total() == 20)
+        assert wait_until(lambda: load.loads.total() == 48)
         time.sleep(0.05)
-        assert load.loads.total() == 20
-        taken = 1 + sum(1 for _ in batches)
-    assert taken == 25
-    assert engine.allocated <= 5, "what batches are made in is used again"
+        assert load.loads.total() == 48
+        taken = sum(len(batch.outcomes) for _, batch in batches)
+    assert 52 <= taken < 100, "but for what was taken first"
+    assert engine.allocated <= 12, "what batches are made in is used again"
+
+
+def test_what_was_computed_while_nobody_looked_comes_as_one() -> None:
+    taken = threading.Event()
+    load, engine = Loader(special={4: lambda: taken.wait(20)}), FakeEngine(batch_size=4)
+    batches = embed_lanes(files(100), [lane(engine, range(100))], load=load, workers=2)
+    with closing(batches):
+        _, first = next(batches)
+        taken.set()
+        assert wait_until(lambda: engine.calls == 12)
+        time.sleep(0.05)
+        _, second = next(batches)
+    assert numbers([first]) == list(range(4))
+    assert numbers([second]) == list(range(4, 48))
 
 
 def test_small_batches_are_worked_ahead_far_enough_to_feed_all_workers() -> None:
@@ -157,7 +177,25 @@ def test_small_batches_are_worked_ahead_far_enough_to_feed_all_workers() -> None
     batches = embed_lanes(files(100), [lane(FakeEngine(batch_size=1), range(100))], load=load, workers=2)
     with closing(batches):
         next(batches)
-        assert wait_until(lambda: load.loads.total() >= 16)
+        assert wait_until(lambda: load.loads.total() >= 48)
+
+
+@pytest.mark.parametrize(("batch_size", "turn"), [(1, 16), (4, 16), (8, 16), (32, 32)])
+def test_a_thread_decodes_for_several_batches_before_it_computes_them(batch_size: int, turn: int) -> None:
+    loaded, order = Loader(), []
+
+    def load(path: Path, pictures: Sequence[Picture]) -> LoadedPictures | ImageFailure:
+        order.append("decode")
+        return loaded(path, pictures)
+
+    def note(vectors: np.ndarray) -> np.ndarray:
+        order.append("compute")
+        return vectors
+
+    run([lane(FakeEngine(batch_size=batch_size, spoil=note), range(96))], load, workers=1)
+    turns = [(what, len(list(same))) for what, same in itertools.groupby(order)]
+    assert turns[:2] == [("decode", turn), ("compute", turn // batch_size)]
+    assert {count for what, count in turns if what == "decode"} == {turn}
 
 
 def fail() -> None:
@@ -251,7 +289,7 @@ def test_an_image_that_takes_too_long_costs_its_row_and_its_late_pixels_go_nowhe
     found: list[list[EmbeddedBatch]] = [[], []]
     for index, batch in embed_lanes(files(40), lanes, load=load, workers=2):
         found[index].append(batch)
-        if index == 0 and len(found[0]) == 2 and hung:
+        if index == 0 and count_images(found[0]) >= 8 and hung and not released.is_set():
             released.set()  # while the batches that had places for them are used again
             for thread in hung:
                 thread.join(20)
@@ -282,7 +320,7 @@ def test_images_are_not_slow_where_the_taker_or_the_whole_process_was(
     found = []
     for _, batch in embed_lanes(files(12), [lane(FakeEngine(), range(12))], load=load, workers=2):
         found.append(batch)
-        if len(found) == 3:
+        if count_images(found) == 6:
             assert begun.wait(20)
             time.sleep(1.0)  # the taker's
             threading.Timer(0.15, late.set).start()

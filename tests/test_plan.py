@@ -29,7 +29,8 @@ from featcache.embedding import BLOCK_ROWS
 from featcache.forecast import ADVICE, Sample, Situation, advise, describe_stages, spread
 from featcache.images import identity
 from featcache.spec import Preprocessing, StoreDtype
-from featcache.store.layout import RowTable, create_store
+from featcache.store.creating import create_store
+from featcache.store.layout import RowTable
 
 TOY = "channel_mean:channel_mean"
 SLOW = "test_plan:slow_backbone"

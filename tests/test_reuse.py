@@ -14,7 +14,8 @@ from featcache.images.identity import ImageFailure
 from featcache.images.paths import escape_path, unescape_path
 from featcache.records import FileStat, ImageRecord, Listing, RowStatus
 from featcache.reuse import CachedRows, ReusePlan, plan_reuse
-from featcache.store.layout import SOURCE_DTYPE, STAT_COLUMNS, RowTable, create_store
+from featcache.store.creating import create_store
+from featcache.store.layout import SOURCE_DTYPE, STAT_COLUMNS, RowTable
 from featcache.store.reader import FeatureStore
 from featcache.store.writer import StoreWriter
 

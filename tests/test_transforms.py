@@ -17,6 +17,7 @@ from PIL import Image
 from featcache.commands.embed import embed
 from featcache.commands.fit import fit
 from featcache.commands.predict import predict
+from featcache.commands.repair import repair
 from featcache.errors import BackboneError, FeatcacheError, SpecMismatch
 from featcache.images.decode import load_pictures
 from featcache.images.identity import ImageFailure
@@ -155,3 +156,49 @@ def test_specs_without_one_keep_their_bytes() -> None:
     assert "transform" not in plain.to_json()
     assert FeatureSpec.from_json(own.to_json()) == own
     assert own.fingerprint() != plain.fingerprint()
+
+
+FILLED = np.zeros((8, 8, 3), dtype=np.uint8)
+
+
+def fill_one_array(image: Image.Image) -> np.ndarray:
+    FILLED[:] = image.getpixel((0, 0))
+    return FILLED
+
+
+def test_a_picture_stays_as_it_is_when_the_next_one_is_made(
+    data: Path, tmp_path: Path, save_image: Callable[..., Path]
+) -> None:
+    name = know_transform(fill_one_array)
+    wanted = [Picture(preprocessing=Preprocessing(resize_size=8, crop_size=8, transform=name))]
+    first = load_pictures(data / "c0/00.png", wanted).pixels[0]  # type: ignore[union-attr]
+    before = first.copy()
+    load_pictures(data / "c1/01.png", wanted)
+    np.testing.assert_array_equal(first, before)
+
+
+def test_code_that_was_edited_since_it_was_imported_is_not_run_as_what_it_is_now(
+    data: Path, tmp_path: Path, here: Path
+) -> None:
+    write_code(here, shift=0)
+    embed(data, tmp_path / "s.h5", backbone="mine:made")
+    for name in ("shifting", "mine"):
+        text = (here / f"{name}.py").read_text()
+        (here / f"{name}.py").write_text(text + "\n# edited\n")
+        with pytest.raises(BackboneError, match=f"the file of .*{name[:4]}.* was changed since this process"):
+            embed(data, tmp_path / "other.h5", backbone="mine:made")
+        (here / f"{name}.py").write_text(text)
+    assert embed(data, tmp_path / "s.h5", backbone="mine:made").reused == 12
+
+
+def test_repair_tries_pictures_of_it_again(
+    data: Path, tmp_path: Path, save_image: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd, store = data / "c0/odd.png", tmp_path / "s.h5"
+    save_image(odd, size=(13, 13))
+    assert embed(data, store, backbone=OWN).failed == 1
+    save_image(odd, size=(14, 14))
+    monkeypatch.setattr("featcache.transforms._KNOWN", {})  # as in a process of its own
+    with pytest.raises(FeatcacheError, match="not trusted to name code"):
+        repair(store)
+    assert repair(store, backbone=OWN).embedded == 1

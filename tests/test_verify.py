@@ -18,7 +18,7 @@ from featcache.commands.verify import OtherImages, VerifyResult, _compare, verif
 from featcache.engines.torch_eager import TorchEager
 from featcache.errors import DamagedStore, DataError, StoreError
 from featcache.store.blocks import BlockState
-from featcache.store.layout import read_layout
+from featcache.store.opening import read_layout
 from featcache.store.reader import FeatureStore
 from featcache.store.writer import StoreWriter
 
@@ -279,3 +279,8 @@ def test_images_that_have_moved_are_asked_for(store: Path, photos: Path) -> None
         verify(store, sources=True)
     result: VerifyResult = verify(store, sources=True, data=moved)
     assert result.sound
+
+
+def test_fewer_than_no_rows_are_not_embedded_again(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="0 rows or more"):
+        verify(make_toy_store(tmp_path / "s.h5", n=3), recompute=-1)

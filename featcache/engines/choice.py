@@ -149,19 +149,23 @@ def _fastest(speeds: Mapping[Candidate, float], reference: Candidate) -> Candida
 def worth_looking_at(
     candidates: Sequence[Candidate], reference: Engine, *, images: int, size: int, threads: int
 ) -> list[Candidate]:
-    """The first of the candidates, as many as `images` keep the reference busy for long enough to look at."""
+    """Those candidates, in their order, that `images` keep the reference busy for long enough to look at.
+
+    One that takes too long to make does not keep those behind it from being looked at.
+    """
     at_once = reference.callers or threads
-    if not candidates or images <= WORTH * at_once * _images_looked_at(candidates[0], reference):
+    fewest = min((_images_looked_at(candidate, reference) for candidate in candidates), default=images)
+    if images <= WORTH * at_once * fewest:
         return []  # however fast they are
     an_image = _batch_seconds(reference, size=size) / reference.batch_size
     left = images * an_image / at_once / WORTH
     left -= _looking_seconds(Candidate(reference.name, reference.batch_size), an_image)
     found = []
     for candidate in candidates:
-        left -= _looking_seconds(candidate, an_image)
-        if left < 0:
-            break
-        found.append(candidate)
+        seconds = _looking_seconds(candidate, an_image)
+        if seconds <= left:
+            left -= seconds
+            found.append(candidate)
     return found
 
 

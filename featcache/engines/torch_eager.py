@@ -80,7 +80,9 @@ class TorchEager:
             with torch.inference_mode(), self._queue() as queue:
                 vectors = {key: self._fetch(value) for key, value in self._run(self._send(pixels)).items()}
                 _wait_for(queue)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not _is_lack_of_memory(error):
+                raise
             raise DeviceError(
                 f"{self.device} has not enough memory for batches of {self.batch_size} images: "
                 "pass a smaller --batch-size"
@@ -131,6 +133,11 @@ class TorchEager:
             exact,
         ):
             yield
+
+
+def _is_lack_of_memory(error: RuntimeError) -> bool:
+    """Only CUDA has an exception for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 class _Streams:
