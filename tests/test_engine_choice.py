@@ -488,7 +488,7 @@ def test_a_run_killed_and_resumed_gives_the_bytes_of_an_undisturbed_one(
         ).returncode
 
     assert run("calm.h5", "--engine", "onnx", *SMALL) == 0
-    assert run("store.h5", "--engine", "onnx", *SMALL, batches=110) == -signal.SIGKILL
+    assert run("store.h5", "--engine", "onnx", *SMALL, batches=84) == -signal.SIGKILL
     assert FeatureStore.open(tmp_path / "store.h5").done.sum() == 256
     assert run("store.h5", "--workers", "2", batches=82) == -signal.SIGKILL
     assert FeatureStore.open(tmp_path / "store.h5").done.sum() == 512

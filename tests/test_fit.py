@@ -463,3 +463,15 @@ def test_the_seconds_are_those_of_all_that_was_done(store: Path, monkeypatch: py
 
     monkeypatch.setattr(fit_module, "find_groups", slowly)
     assert fit(store, head="ncm", group_by="similar:0.9999").seconds >= 0.2
+
+
+def test_a_device_is_for_the_heads_that_take_one() -> None:
+    features = gaussian_features({"train": 30, "test": 9})
+    _, model = run(features, "ridge", device="cpu")
+    assert model.params["device"] == "cpu"
+    with pytest.raises(HeadError, match="knn is fitted on the processor. Heads that take a device: logistic"):
+        run(features, "knn", device="cpu")
+    with pytest.raises(HeadError, match="device is auto, cpu or cuda, not 'gpu'"):
+        run(features, "auto", device="gpu")
+    with pytest.raises(HeadError, match="torch has .* CUDA devices here"):
+        run(features, "ridge", device="cuda:99")

@@ -464,7 +464,7 @@ def test_features_that_repeat_one_another_are_fitted_at_a_strength_beyond_roundi
     rows = rng.normal(size=(300, 6)).astype(np.float32)
     curvature = GramCurvature(np.concatenate([rows, rows, rows], axis=1), np.array([300]), 3)
     vectors = rng.normal(size=(1, 3, 18))
-    found, _ = curvature.solve(np.array([0]), np.full((1, 3), 1e9), vectors, np.zeros((1, 3)))
+    found, _ = curvature.solve(np.array([0]), np.full((1, 3), 1e15), vectors, np.zeros((1, 3)))
     assert np.isfinite(found).all()
     assert np.all(np.einsum("jkr,jkr->jk", found, vectors) > 0)  # a direction of descent
 

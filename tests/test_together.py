@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from featcache import pipeline
 from featcache.cli import main
 from featcache.commands.embed import embed, embed_together
 from featcache.commands.fit import fit
@@ -108,7 +109,9 @@ def test_what_stops_one_store_keeps_what_all_have(photos: Path, stores: dict[str
 
 
 @pytest.fixture
-def ctrl_c() -> Iterator[None]:
+def ctrl_c(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The images come in few at a time, so that a block is in progress at the third time or fourth."""
+    monkeypatch.setattr(pipeline, "PICTURES_AHEAD", 1)
     former = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, former)

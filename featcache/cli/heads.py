@@ -91,6 +91,11 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) 
     help="Fit on parts of the training rows, too, to see whether more would help. Default: where --budget "
     "leaves time.",
 )  # fmt: skip
+@click.option(
+    "--device", metavar="auto|cpu|cuda",
+    help="Where logistic, ridge, lda, linear and mlp compute. Default: linear and mlp on a CUDA device "
+    "where there is one, the others on the processors.",
+)  # fmt: skip
 @no_check_option
 @seed_option(
     "Of the folds of cross-validation, of heads that draw, and of the rows of the curve and --shots. Which "

@@ -43,6 +43,7 @@ def fit(
     shots: Sequence[int] = (),
     tries: int = 10,
     curve: bool | None = None,
+    device: str | None = None,
     seed: int = 0,
     progress: Progress | None = None,
     check: bool = True,
@@ -58,7 +59,8 @@ def fit(
     rows. group_by: "folder", "folder:N", "FILE.csv:COLUMN" or "similar[:COSINE]"; rows of a group stay on one
     side. precision: what rows above a threshold shall be right by. shots, tries: accuracy by images a class.
     curve: accuracy by parts of the training rows; None: where there is time. budget: seconds, about, for
-    choosing nodes, for the competition and for that curve. check: compare the store with its checksums first.
+    choosing nodes, for the competition and for that curve. device: "cuda" or "auto" for the heads
+    that can use one; None: as each does by itself. check: compare the store with its checksums first.
     HeadError, StoreError, DiskError: what stands in the way, in one line.
     """
     started = time.perf_counter()
@@ -69,6 +71,7 @@ def fit(
         budget=budget,
         class_weight=class_weight,
         logit_adjustment=logit_adjustment,
+        device=device,
     )
     wishes.require_savable()  # before hours of work, as all that can be refused now
     with FeatureStore.open(store, check=check) as opened:
@@ -101,6 +104,7 @@ def fit(
             shots=shots,
             tries=tries,
             curve=curve,
+            device=device,
             provenance=dict(opened.provenance),
             progress=progress,
         )

@@ -41,6 +41,7 @@ def fit_features(
     shots: Sequence[int] = (),
     tries: int = 10,
     curve: bool | None = None,
+    device: str | None = None,
     provenance: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> tuple[FitResult, Model]:
@@ -63,6 +64,7 @@ def fit_features(
         class_weight=class_weight,
         logit_adjustment=logit_adjustment,
         spent=spent,
+        device=device,
     )
     rows = choose_rows(features, groups)
     known = np.unique(features.y[rows.train])

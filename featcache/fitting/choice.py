@@ -30,7 +30,8 @@ class Wishes:
 
     head: a name, or AUTO. params: of the head. budget: seconds, `spent` of which are gone already.
     class_weight: BALANCED counts every class alike, None every row. logit_adjustment: tau, the scores of
-    class k are lowered by tau log p_k, its share of the training rows.
+    class k are lowered by tau log p_k, its share of the training rows. device: where heads that can do their
+    products: auto, cpu, cuda; None: each as it does by itself.
     """
 
     head: str = AUTO
@@ -40,12 +41,15 @@ class Wishes:
     spent: float = 0.0
     class_weight: str | None = None
     logit_adjustment: float | None = None
+    device: str | None = None
 
     def __post_init__(self) -> None:
         if self.class_weight not in (None, BALANCED):
             raise HeadError(f"class_weight is {BALANCED!r} or None, not {self.class_weight!r}")
         if self.logit_adjustment is not None and not 0 < self.logit_adjustment < float("inf"):
             raise HeadError(f"the logit adjustment is a number above 0, not {self.logit_adjustment!r}")
+        if self.device is not None:
+            _require_device(self.device)
         if not self.budget > 0:
             raise HeadError(f"the budget is a number of seconds above 0, not {self.budget:g}")
         if self.head == AUTO:
@@ -53,6 +57,9 @@ class Wishes:
             return
         kind = find_head(self.head)
         build_head(self.head, self.params, seed=self.seed)  # unknown parameters are refused
+        if self.device is not None and not kind.has_device:
+            able = ", ".join(one.name for one in HEADS.values() if one.has_device)
+            raise HeadError(f"{self.head} is fitted on the processor. Heads that take a device: {able}.")
         if self.class_weight and not kind.weighted:
             able = ", ".join(one.name for one in HEADS.values() if one.weighted)
             raise HeadError(f"{self.head} cannot weight classes. Heads that can: {able}.")
@@ -89,13 +96,25 @@ class Wishes:
     def given(self, kind: HeadKind) -> dict[str, Any]:
         """The parameters that are given for a head."""
         weights = {"class_weight": self.class_weight} if self.class_weight and kind.weighted else {}
-        return {**weights, **self.params}
+        device = {"device": self.device} if self.device is not None and kind.has_device else {}
+        return {**weights, **device, **self.params}
 
     def why_not(self, kind: HeadKind) -> str | None:
         """Why a head cannot take part in the competition."""
         if self.logit_adjustment is not None and not _can_shift(kind):
             return "it has no intercept to adjust"
         return None
+
+
+def _require_device(device: str) -> None:
+    if device == "cpu":
+        return
+    from featcache.heads.minibatch import pick_device  # imports torch
+
+    try:
+        pick_device(device)
+    except ValueError as error:
+        raise HeadError(f"{error}.") from error
 
 
 def _can_shift(kind: HeadKind) -> bool:

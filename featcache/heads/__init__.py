@@ -47,6 +47,7 @@ class HeadKind:
     strong_end: Mapping[str, Literal["low", "high"]] = field(default_factory=dict)
     criterion: Literal["nll", "accuracy"] = "nll"  # what the candidates are compared by
     weighted: bool = False  # has the parameter `class_weight`
+    has_device: bool = False  # has the parameter `device`
     uses_views: bool = False  # `fit` and `start_search` take augmented feature vectors of the rows
     seeded: bool = False  # takes the seed of the run
     entry: Entry | None = None  # in the competition of `--head auto`; None: it takes no part
@@ -74,6 +75,7 @@ HEADS: Mapping[str, HeadKind] = {
             factor=10**0.5,
             search_params={"tol": 1e-5},
             weighted=True,
+            has_device=True,
             entry=Entry(simplicity=4, operations=softmax_path),
         ),
         HeadKind(
@@ -87,6 +89,7 @@ HEADS: Mapping[str, HeadKind] = {
             factor=10**0.5,
             strong_end={"alpha": "high"},
             weighted=True,
+            has_device=True,
             entry=Entry(simplicity=3, operations=closed_form),
         ),
         HeadKind(
@@ -99,6 +102,7 @@ HEADS: Mapping[str, HeadKind] = {
             grid={"shrinkage": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.6, 0.9)},
             strong_end={"shrinkage": "high"},
             weighted=True,
+            has_device=True,
             entry=Entry(simplicity=2, operations=closed_form),
         ),
         HeadKind(
@@ -131,6 +135,7 @@ HEADS: Mapping[str, HeadKind] = {
             grid={"lr": (3e-4, 1e-3, 3e-3, 1e-2), "weight_decay": (0.1, 10.0)},
             strong_end={"weight_decay": "high"},
             weighted=True,
+            has_device=True,
             uses_views=True,
             seeded=True,
             entry=Entry(
@@ -156,6 +161,7 @@ HEADS: Mapping[str, HeadKind] = {
             grid={"lr": (1e-3, 3e-3), "weight_decay": (1.0, 10.0)},
             strong_end={"weight_decay": "high"},
             weighted=True,
+            has_device=True,
             uses_views=True,
             seeded=True,
             entry=Entry(

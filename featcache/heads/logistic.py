@@ -42,7 +42,7 @@ class LogisticHead(LinearHead):
     C : inverse strength of the penalty.
     class_weight : "balanced" gives every class the same weight, None every row; or a weight for each class.
     tol : the solver stops when the decrease it still expects is below this fraction of the objective, which
-        is then at most some 40 times as far above its minimum: within 1e-5 by default.
+        is then at most some 60 times as far above its minimum: within 1e-5 by default.
     max_iter : the solver stops here whatever was reached.
     device : where products over the rows are done: cpu, cuda, or auto, which takes a CUDA device where torch
         has one and the processors would take long.
