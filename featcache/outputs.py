@@ -1,6 +1,6 @@
 """Whether a file may be written where the user wants it, looked at before any work, and whose turn it is.
 
-Knows stores and models by their first bytes; not what is to be written.
+Knows stores and models by their first bytes, and what a writer makes by its first bytes or its name.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from featcache.disk import open_regular
 from featcache.errors import DataError, DiskError, ModelError, StoreError
 from featcache.images.paths import show_path
 from featcache.model import begins_as_model
@@ -35,6 +36,35 @@ def require_replaceable(path: Path, *, option: str, needed: Mapping[str, Path | 
         raise DiskError(
             f"{show_path(path)} cannot be written: there is no folder {show_path(path.parent)}. "
             f"Make the folder, or choose another {option}."
+        )
+
+
+def require_csv(path: Path, *, option: str, needed: Mapping[str, Path | None]) -> None:
+    """As `require_replaceable`, for a CSV: of files that are there, only one of that name is replaced.
+
+    A photograph or a report that is named by mistake begins as anything, and a CSV as anything too.
+    """
+    require_replaceable(path, option=option, needed=needed)
+    if path.is_dir():
+        raise DiskError(f"{show_path(path)} is a folder. Name a file in it as {option}.")
+    if path.exists() and path.suffix.lower() != ".csv":
+        raise DataError(
+            f"{show_path(path)} is there already and is no .csv file: it would be replaced. Choose another "
+            f"{option}."
+        )
+
+
+def require_beginning(path: Path, beginning: bytes, *, option: str) -> None:
+    """DataError where a file that is there, and not empty, begins otherwise than what is to replace it."""
+    try:
+        with open_regular(path) as file:
+            found = file.read(len(beginning))
+    except OSError:
+        return  # nothing is there, or writing will say what is wrong with it
+    if found not in (b"", beginning):
+        raise DataError(
+            f"{show_path(path)} is there already and is no {path.suffix} file, whatever its name: it would "
+            f"be replaced. Choose another {option}."
         )
 
 

@@ -369,6 +369,19 @@ def test_what_costs_least_of_what_is_tied_is_named(save: Callable[..., Path], go
     assert result.to_json()["take"]["name"] == result.cheapest
 
 
+def test_the_command_fits_the_one_to_take_as_it_was_fitted(
+    save: Callable[..., Path], good: FeatureSet
+) -> None:
+    a, b = save("a", good), save("b", noisy(good, sd=6))
+    result = compare([a, b], seed=3, budget=5.5, group_by="similar:0.999")
+    assert result.take is not None
+    chosen = result.candidates[0]
+    assert result.take.command == (
+        f"featcache fit {a} --node penultimate --head {chosen.head} --group-by similar:0.999 --budget 5.5 "
+        "--seed 3"
+    )
+
+
 def test_the_cost_of_an_image_is_what_the_store_recorded(
     save: Callable[..., Path], good: FeatureSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:

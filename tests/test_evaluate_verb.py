@@ -322,6 +322,22 @@ def test_a_csv_replaces_no_store_and_no_model(work: Work, tmp_path: Path) -> Non
         evaluate_model(model, store, csv_file=tmp_path / "none" / "rows.csv")
 
 
+def test_a_csv_replaces_no_file_of_another_name(work: Work, tmp_path: Path) -> None:
+    photo = paint(tmp_path / "a.png", channel=0, seed=1)
+    (tmp_path / "m.model.json").write_text("{}")
+    for taken in (photo, tmp_path / "m.model.json"):
+        before = taken.read_bytes()
+        with pytest.raises(DataError, match=r"is there already and is no \.csv file: it would be replaced"):
+            ask(work, work.store, csv_file=taken)
+        assert taken.read_bytes() == before
+    with pytest.raises(DiskError, match=r"is a folder. Name a file in it as --csv"):
+        ask(work, work.store, csv_file=tmp_path)
+    for name in ("rows.CSV", "rows.txt"):  # one that is there, and one that is not
+        (tmp_path / "rows.CSV").write_text("of before")
+        ask(work, work.store, csv_file=tmp_path / name)
+        assert (tmp_path / name).read_text().startswith("path,label,")
+
+
 def test_the_scores_are_not_lost_with_a_csv_that_cannot_be_written(
     work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ from test_predict import TOY
 import featcache.exporting.features
 from featcache.commands.embed import embed
 from featcache.commands.export import export
-from featcache.errors import DiskError, ExportError, IncompleteStore
+from featcache.errors import DataError, DiskError, ExportError, IncompleteStore
 from featcache.spec import FeatureSpec
 from featcache.store.reader import FeatureStore
 
@@ -117,14 +117,27 @@ def test_features_that_are_read_back_otherwise_are_not_kept(
 @pytest.mark.parametrize("suffix", [".npz", ".parquet"])
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path: Path, suffix: str) -> None:
     store, path = write_store(tmp_path / "s.h5", gaussian_features()), tmp_path / f"x{suffix}"
-    path.write_bytes(b"as it was")
+    former = {".npz": b"PK\x03\x04", ".parquet": b"PAR1"}[suffix] + b"as it was"
+    path.write_bytes(former)
     with (
         full_disk(),
         pytest.raises(DiskError, match=r"writing \S+ failed: File too large\. .*another --output"),
     ):
         export(store, path, to="features")
     assert {file.name for file in tmp_path.iterdir()} == {"s.h5", path.name}
-    assert path.read_bytes() == b"as it was"
+    assert path.read_bytes() == former
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
+def test_only_a_file_of_the_same_kind_is_replaced(tmp_path: Path, suffix: str) -> None:
+    store, path = write_store(tmp_path / "s.h5", gaussian_features()), tmp_path / f"x{suffix}"
+    path.write_bytes(b"my notes")
+    with pytest.raises(DataError, match=rf"is no \{suffix} file.*would be replaced. Choose another --output"):
+        export(store, path, to="features")
+    assert path.read_bytes() == b"my notes"
+    path.write_bytes(b"")
+    for _ in range(2):
+        assert export(store, path, to="features").rows == len(gaussian_features().y)
 
 
 def test_a_store_in_progress_is_refused(tmp_path: Path) -> None:

@@ -346,8 +346,12 @@ def test_the_same_run_again_is_done_at_once(
     def trains(**more: Any) -> bool:
         return not tune(again, tmp_path / "t.model", **{**options, **more}).done_before
 
+    assert first.replaced is None
+    assert f"written to {tmp_path}/t.model\n" in first.describe()
     assert trains(restart=True)
-    assert trains(seed=1)
+    other = tune(again, tmp_path / "t.model", **options, seed=1)
+    assert not other.done_before
+    assert f"written to {tmp_path}/t.model, where another model was\n" in other.describe()
     assert not trains(seed=1)
     (tmp_path / "t.model").write_bytes(left)  # which is not what seed 1 left
     assert trains(seed=1)
@@ -517,6 +521,7 @@ def test_ctrl_c_keeps_the_best_so_far_and_goes_on(work: Work, tmp_path: Path) ->
     assert (tmp_path / "t.model.checkpoint").exists()
     told = Told()
     result = tune(work, tmp_path / "t.model", progress=told, **options)
+    assert result.replaced is None  # what was there is its own
     assert any(f"goes on after step {steps + 3}" in note for note in told.notes)
     assert result.losses == whole.losses
     assert curve_of(tmp_path / "t.model") == curve_of(tmp_path / "w.model")
@@ -606,7 +611,10 @@ def test_no_class_in_common_is_refused_before_a_network_is_loaded(
 
 def test_a_head_that_is_not_linear_is_refused(work: Work, tmp_path: Path) -> None:
     fit(work.model.with_name("s.h5"), tmp_path / "k.model", head="knn", params={"k": 3})
-    with pytest.raises(ModelError, match="has the head knn, .* featcache fit STORE --head logistic"):
+    with pytest.raises(
+        ModelError,
+        match="has the head knn, .*: fit a linear head first: featcache fit STORE --head logistic -o",
+    ):
         finetune(tmp_path / "k.model", work.photos, tmp_path / "t.model", **QUICK)
 
 

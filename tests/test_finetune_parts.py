@@ -513,7 +513,8 @@ def test_a_command_is_that_of_the_options_given() -> None:
         replace(asked, cache="maybe")  # type: ignore[arg-type]
 
 
-def test_what_to_do_next_follows_from_the_comparison() -> None:
+def test_what_to_do_next_follows_from_the_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     asked = Asked(model=Path("m"), data=Path("photos"), output=Path("t.model"))
     metrics: Any = SimpleNamespace(n=9)
 
@@ -530,7 +531,10 @@ def test_what_to_do_next_follows_from_the_comparison() -> None:
     assert command(-1, 1, **whole) == "featcache finetune m photos -o t-2.model --unfreeze all --views 2"
     assert command(-1, 1, **whole, views=2).endswith("--unfreeze all --lr 0.0001 --views 2")
     same = Comparison(before=metrics, kept=metrics, difference=None, seen=0)
-    assert advise(asked, same, frozen_blocks=1).command.endswith("-o t.model --unfreeze all")
+    assert advise(asked, same, frozen_blocks=1).command.endswith("-o t-2.model --unfreeze all")
+    for name in ("t.model", "t-2.model"):
+        Path(name).touch()
+    assert advise(asked, same, frozen_blocks=1).command.endswith("-o t-3.model --unfreeze all")
 
 
 def test_the_probe_is_fitted_again_without_the_val_rows() -> None:

@@ -57,6 +57,10 @@ def contender(head: str, simplicity: int, behind: float, se: float, *, chosen: b
             "tied in cross-validation with knn and logistic, though ahead",
         ),
         (
+            [("ridge", 3, 0, 0, True), ("logistic", 4, 0.014, 0.01, False), ("knn", 6, 0.021, 0.046, False)],
+            "tied in cross-validation with knn, though ahead",
+        ),
+        (
             [("ncm", 1, 0.3, 0.1, False), ("ridge", 3, 0.0, 0.0, True)],
             "surely better in cross-validation than ncm, the runner-up, by 3.0 standard errors of log-loss",
         ),
@@ -116,6 +120,20 @@ def test_rows_of_classes_that_were_not_trained_on_are_said_at_the_top_and_beside
     whole = run(features)
     assert (whole.metrics.no_chance, whole.untrained) == (0, ())
     assert whole.metrics.nll_of_others == whole.metrics.nll
+
+
+def test_classes_that_were_not_trained_on_come_first_and_are_no_sign_of_the_fit() -> None:
+    features = gaussian_features({"train": 300, "test": 300}, gap=3)
+    whole = run(features)
+    result = run(take(features, (features.splits == "test") | (features.y != 2)))
+    advice = advise(result)
+    assert advice.why.startswith("add labelled images of class2 to the training rows: 100 of the 300 rows")
+    assert require_pasteable(advice.command) == ["embed", "fit"]
+    assert result.verdict is None
+    assert result.to_json()["verdict"] is None
+    assert "worse than expected" not in result.describe()
+    assert "fits: " not in result.describe()
+    assert "fits: " in whole.describe()
 
 
 def commands(line: str) -> Iterator[tuple[str, list[str]]]:
@@ -192,6 +210,25 @@ def test_names_of_nodes_and_groups_are_asked_for_again(plain: FitResult) -> None
     assert " --group-by folder:2 --nodes auto " in advise(spread(several, 0.8, 1.0)).command
     all_of_them = spread(replace(several, other_nodes=()), 0.8, 1.0)
     assert " --node a --node 'b c' --group-by folder:2 " in advise(all_of_them).command
+
+
+def test_the_commands_fit_again_as_was_asked_for(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "s.h5", gaussian_features({"train": 60, "test": 30}))
+    asked: dict[str, Any] = {
+        "class_weight": "balanced", "logit_adjustment": 0.5, "precision": 0.9, "budget": 7.5, "shots": (1, 2),
+        "tries": 3, "device": "cpu", "seed": 4, "curve": False, "group_by": "similar:0.999",
+    }  # fmt: skip
+    result = fit(store, head="logistic", params={"C": 0.25, "max_iter": "500"}, check=False, **asked)
+    short = replace(result, metrics=replace(result.metrics, accuracy_ci95=(0.5, 0.9)))
+    (_, (verb, words)) = commands(advise(replace(short, cross_validated=None)).command)
+    again = parse(verb, words)
+    assert {name: again[name] for name in asked} == asked
+    assert (again["head"], again["params"]) == ("logistic", ("C=0.25", "max_iter=500"))
+    knn = advise(spread(replace(result, head="knn"), 0.8, 0.8))
+    ((_, words), _) = commands(knn.command)
+    linear = parse("fit", words)
+    assert {name: linear[name] for name in asked} == asked
+    assert (linear["head"], linear["params"]) == ("logistic", ())  # those of knn are not of logistic
 
 
 def test_few_rows_ask_for_more_of_them() -> None:

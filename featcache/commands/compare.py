@@ -26,6 +26,7 @@ from featcache.evaluate.report import aligned_lines
 from featcache.evaluate.select import OutOfFold
 from featcache.evaluate.splits import Groups, number_units
 from featcache.fitting import AUTO, BUDGET, FitResult, HeldOut, choose_rows, fit_features
+from featcache.fitting.advice import spell_options
 from featcache.fitting.choice import Wishes
 from featcache.images.paths import show_path
 from featcache.joining import join_rows
@@ -194,7 +195,11 @@ def compare(
             progress=progress,
         )
         fitted.append(_Fitted(asked=one, result=result, units=_Units.of(features, groups)))
-    return _result(fitted, dict(zip([str(s.path) for s in opened], shared.left_out, strict=True)), seed=seed)
+    options = spell_options(
+        {"--group-by": (group_by, None), "--budget": (budget, BUDGET), "--seed": (seed, 0)}
+    )
+    left_out = dict(zip([str(s.path) for s in opened], shared.left_out, strict=True))
+    return _result(fitted, left_out, seed=seed, options=options)
 
 
 def _once_each(stores: Sequence[str | os.PathLike[str]]) -> list[Path]:
@@ -251,7 +256,10 @@ def _require_known_sets(stores: Sequence[FeatureStore], sets: Sequence[str]) -> 
             raise StoreError(f"no store has {text!r}; there are {known}, joined by +, and {ALL_NODES}.")
 
 
-def _result(fitted: Sequence[_Fitted], left_out: Mapping[str, int], *, seed: int) -> CompareResult:
+def _result(
+    fitted: Sequence[_Fitted], left_out: Mapping[str, int], *, seed: int, options: Sequence[str]
+) -> CompareResult:
+    """options: of `featcache fit`, those that all candidates were fitted with."""
     candidates = [_candidate(one, name) for one, name in zip(fitted, _names(fitted), strict=True)]
     order = sorted(range(len(fitted)), key=lambda i: _rank(candidates[i]))
     candidates, fitted = [candidates[i] for i in order], [fitted[i] for i in order]
@@ -264,7 +272,7 @@ def _result(fitted: Sequence[_Fitted], left_out: Mapping[str, int], *, seed: int
         trained_on=first.trained_on,
         scored_on=first.scored_on,
         left_out=left_out,
-        take=_take(candidates, fitted, pairs),
+        take=_take(candidates, fitted, pairs, options=options),
     )
 
 
@@ -348,19 +356,27 @@ def _right(answers: Sequence[HeldOut | OutOfFold]) -> NDArray[np.bool_]:
     return np.stack([one.probabilities.argmax(axis=1) == one.y for one in answers], axis=1)
 
 
-def _take(candidates: Sequence[Candidate], fitted: Sequence[_Fitted], pairs: Sequence[Pair]) -> Take | None:
+def _take(
+    candidates: Sequence[Candidate],
+    fitted: Sequence[_Fitted],
+    pairs: Sequence[Pair],
+    *,
+    options: Sequence[str],
+) -> Take | None:
     if candidates[0].cv is None:
         return None
     costs = [{name: getattr(candidate, name) for name in COSTS} for candidate in candidates]
     taken, why = take_cheapest(pairs, costs)
-    return Take(name=candidates[taken].name, why=why, command=_fit_command(fitted[taken]))
+    return Take(name=candidates[taken].name, why=why, command=_fit_command(fitted[taken], options))
 
 
-def _fit_command(one: _Fitted) -> str:
+def _fit_command(one: _Fitted, options: Sequence[str]) -> str:
+    """Of the head that was taken, which another competition, of other rows, might not choose."""
     asked = one.asked
     nodes = [part for key in asked.nodes for part in ("--node", key)]
-    head = [] if asked.head == AUTO else ["--head", asked.head]
-    return shlex.join(["featcache", "fit", show_path(asked.store.path), *nodes, *head])
+    head = one.result.head if asked.head == AUTO else asked.head
+    words = ["featcache", "fit", str(asked.store.path), *nodes, "--head", head, *options]
+    return shlex.join(show_path(word) for word in words)
 
 
 def _table(candidates: Sequence[Candidate]) -> list[str]:

@@ -36,7 +36,7 @@ from featcache.images.paths import show_path
 from featcache.inference import ReadyModel
 from featcache.model import Model, image_keys
 from featcache.next_step import Scored, Step, Word, next_step
-from featcache.outputs import require_replaceable
+from featcache.outputs import require_csv
 from featcache.progress import Progress, SilentProgress
 from featcache.records import SPLITS
 from featcache.store.files import begins_as_store
@@ -127,8 +127,8 @@ def evaluate_model(
 
     split: test, val, train or all; by default test where there is one, else val, else all.
     abstain_below: also say what answering only from this probability would give. csv_file: where to write
-    path, label, predicted class, its probability and whether it is right, a row a line; where that fails, the
-    error has the scores as its notes.
+    path, label, predicted class, its probability and whether it is right, a row a line; of files that are
+    there only a .csv is replaced. Where it cannot be written, the error has the scores as its notes.
     views: average over so many views of each image, drawn by `seed`, or as the store has them.
     The other options are those of `iter_predictions` and are for images.
 
@@ -143,7 +143,7 @@ def evaluate_model(
     fitted, where, shown = Model.load(Path(model)), show_path(Path(model)), show_path(Path(data))
     if csv_file is not None:
         needed = {"the model": Path(model), "the data": Path(data)}
-        require_replaceable(Path(csv_file), option="--csv", needed=needed)
+        require_csv(Path(csv_file), option="--csv", needed=needed)
     source = _open_source(
         fitted,
         Path(data),

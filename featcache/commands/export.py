@@ -23,7 +23,7 @@ from featcache.exporting.subject import PIXELS, Pixels, Subject
 from featcache.images.paths import show_path
 from featcache.inference import load_network
 from featcache.model import Model
-from featcache.outputs import require_replaceable, turn_in
+from featcache.outputs import require_beginning, require_replaceable, turn_in
 from featcache.progress import Progress, SilentProgress
 from featcache.store.reader import FeatureStore
 from featcache.words import plural
@@ -144,8 +144,9 @@ def _export_model(
 
 
 def _export_features(source: Path, path: Path, row: Format) -> ExportResult:
-    from featcache.exporting.features import Table, export_table
+    from featcache.exporting.features import BEGINNINGS, Table, export_table
 
+    require_beginning(path, BEGINNINGS[path.suffix], option="--output")
     try:
         store = FeatureStore.open(source)
     except NotAStore as error:

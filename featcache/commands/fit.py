@@ -14,6 +14,7 @@ from featcache.disk import write_atomically
 from featcache.errors import FeatcacheError, HeadError, ModelError
 from featcache.evaluate.groups import find_groups
 from featcache.fitting import AUTO, BUDGET, Files, FitResult, fit_features
+from featcache.fitting.advice import spell_options
 from featcache.fitting.choice import Wishes
 from featcache.fitting.nodes import pick_nodes
 from featcache.heads.parameters import parse_params
@@ -25,6 +26,8 @@ from featcache.request import EmbedRequest
 from featcache.store.files import begins_as_store
 from featcache.store.reader import FeatureStore
 from featcache.words import show_text
+
+TRIES = 10
 
 
 def fit(
@@ -41,7 +44,7 @@ def fit(
     group_by: str | None = None,
     precision: float | None = None,
     shots: Sequence[int] = (),
-    tries: int = 10,
+    tries: int = TRIES,
     curve: bool | None = None,
     device: str | None = None,
     seed: int = 0,
@@ -117,13 +120,42 @@ def fit(
         model=str(path),
         node_choice=picked.choice,
         other_nodes=others,
-        files=files,
+        files=replace(
+            files,
+            head_options=_param_options(params or {}),
+            fit_options=spell_options(
+                {
+                    "--class-weight": (class_weight, None),
+                    "--logit-adjustment": (logit_adjustment, None),
+                    "--wish-precision": (precision, None),
+                    "--budget": (budget, BUDGET),
+                    "--shots": (",".join(str(n) for n in shots), ""),
+                    "--tries": (tries, TRIES),
+                    "--device": (device, None),
+                    "--seed": (seed, 0),
+                }
+            )
+            + _curve_option(curve),
+        ),
         replaced=replaced,
         seconds=time.perf_counter() - started,
     )
     report = json.dumps(result.to_json(), indent=2) + "\n"
     write_atomically(report_path, report.encode())
     return result
+
+
+def _param_options(params: Mapping[str, Any]) -> tuple[str, ...]:
+    """Values are said as `parse_value` reads them."""
+    said = {name: value if isinstance(value, str) else json.dumps(value, default=str)
+            for name, value in params.items()}  # fmt: skip
+    return tuple(word for name, value in said.items() for word in ("--param", f"{name}={value}"))
+
+
+def _curve_option(curve: bool | None) -> tuple[str, ...]:
+    if curve is None:
+        return ()
+    return ("--curve",) if curve else ("--no-curve",)
 
 
 def _require_place(*written: Path) -> None:

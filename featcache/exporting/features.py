@@ -81,6 +81,10 @@ class FileKind:
     differing: Callable[[Table, Path], list[str]]
 
 
+# Of every file that has the ending: of a zip, and of Parquet.
+BEGINNINGS = {".npz": b"PK", ".parquet": b"PAR1"}
+
+
 def export_table(table: Table, path: Path, *, temporary: Path) -> None:
     """Write the file that will be called `path` at `temporary` and read it back. ExportError: it differs."""
     kind = _KINDS[path.suffix]

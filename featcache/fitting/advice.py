@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,13 @@ from featcache.evaluate.learning import Limit
 from featcache.evaluate.report import FEW_ERRORS
 from featcache.heads import find_head
 from featcache.images.paths import show_path
-from featcache.words import plural
+from featcache.words import plural, show_text
 
 if TYPE_CHECKING:
+    from featcache.evaluate.report import Verdict
     from featcache.fitting.result import FitResult
 
+SHOWN_CLASSES = 3
 WIDE = 0.1  # an interval of accuracy wider than this hides what a better head would gain
 _NEXT = {
     "fits": "score more rows, which are too few to tell what limits it",
@@ -41,7 +44,10 @@ def advise(result: FitResult) -> Advice:
     """What to do now."""
     m = result.metrics
     low, high = m.accuracy_ci95
-    drift = result.verdict.drift
+    verdict = result.verdict
+    if verdict is None:
+        return _train_on_all(result)
+    drift = verdict.drift
     if drift and drift.is_real and drift.difference < 0:
         return _explain_drift(result, points=-100 * drift.difference)
     if high - low > WIDE:
@@ -53,7 +59,20 @@ def advise(result: FitResult) -> Advice:
     if 1 - m.accuracy <= FEW_ERRORS:
         why = f"use it: {100 * m.accuracy:.1f} % of {m.n:,} rows it had not seen are right"
         return Advice(why=why, command=predict_command(result))
-    return _remedy(result)
+    return _remedy(result, verdict)
+
+
+def _train_on_all(result: FitResult) -> Advice:
+    """Whatever else is wrong, a class that no training row has is never answered."""
+    names = [show_text(name) for name in result.untrained]
+    more = len(names) - SHOWN_CLASSES
+    said = ", ".join(names[:SHOWN_CLASSES]) + (f" and {more:,} more" if more > 0 else "")
+    why = (
+        f"add labelled images of {said} to the training rows: {result.n_untrained:,} of the "
+        f"{plural(result.metrics.n, 'row')} scored are of classes that were not trained on. Then embed, and "
+        "fit again"
+    )
+    return Advice(why=why, command=_embed_and_fit(result))
 
 
 def _explain_drift(result: FitResult, *, points: float) -> Advice:
@@ -73,14 +92,14 @@ def _explain_drift(result: FitResult, *, points: float) -> Advice:
     )
 
 
-def _remedy(result: FitResult) -> Advice:
+def _remedy(result: FitResult, verdict: Verdict) -> Advice:
     """For errors that are too many and surely there."""
     why = result.outlook.sentence()
-    limit = result.outlook.limit or _LIMIT[result.verdict.fit]
+    limit = result.outlook.limit or _LIMIT[verdict.fit]
     if why is None:
         errors, train_errors = 1 - result.metrics.accuracy, 1 - result.train_accuracy
         why = (
-            f"{_NEXT[result.verdict.fit]}: {100 * errors:.1f} % of the {result.metrics.n:,} rows scored are "
+            f"{_NEXT[verdict.fit]}: {100 * errors:.1f} % of the {result.metrics.n:,} rows scored are "
             f"wrong, {100 * train_errors:.1f} % of those trained on"
         )
         if limit == "unsure":
@@ -107,13 +126,23 @@ def _embed_and_fit(result: FitResult) -> str:
 
 
 def _fit(result: FitResult, *options: str, name: str | None) -> str:
-    """Fit again. name: what the new model is told by; None: it takes the place of this one."""
+    """Fit again, as this was. name: what the new model is told by; None: it takes the place of this one."""
     model = Path(result.files.model)
     output = model if name is None else model.with_name(f"{model.stem}.{name}{model.suffix}")
-    head = () if result.asked == "auto" else ("--head", result.asked)
-    groups = ("--group-by", result.grouped_by) if result.grouped_by else ()
-    words = (*head, *(_nodes(result) if "--nodes" not in options else ()), *groups, *options)
+    head = () if result.asked == "auto" else ("--head", result.asked, *result.files.head_options)
+    nodes = () if "--nodes" in options else _nodes(result)
+    words = (*head, *nodes, *_groups(result), *result.files.fit_options, *options)
     return _shell("featcache", "fit", result.files.store, *words, "-o", str(output))
+
+
+def spell_options(asked: Mapping[str, tuple[Any, Any]]) -> tuple[str, ...]:
+    """The words of a command for options, as value and default, that differ from their default."""
+    differ = ((option, value) for option, (value, default) in asked.items() if value != default)
+    return tuple(word for option, value in differ for word in (option, str(value)))
+
+
+def _groups(result: FitResult) -> tuple[str, ...]:
+    return spell_options({"--group-by": (result.grouped_by, None)})
 
 
 def _nodes(result: FitResult) -> tuple[str, ...]:
@@ -132,8 +161,9 @@ def _finetune(result: FitResult) -> str:
     output = model.with_name(f"{model.stem}.tuned{model.suffix}")
     if not issubclass(find_head(result.head).load(), LinearHead):  # fine-tuning begins with a linear head
         linear = model.with_name(f"{model.stem}.linear{model.suffix}")
-        fit = ("featcache", "fit", result.files.store, "--head", "logistic", *_nodes(result))
-        model, first = linear, f"{_shell(*fit, '-o', str(linear))} && "
+        words = ("--head", "logistic", *_nodes(result), *_groups(result), *result.files.fit_options)
+        fit = _shell("featcache", "fit", result.files.store, *words, "-o", str(linear))
+        model, first = linear, f"{fit} && "
     tune = ("featcache", "finetune", str(model), result.files.data, "-o", str(output), *_allowed(result))
     return first + _shell(*tune)
 

@@ -101,7 +101,7 @@ def _score_lines(result: FitResult) -> list[str]:
         train_accuracy=result.train_accuracy,
         uncalibrated_ece=result.uncalibrated_ece,
     )
-    return [*lines, *result.verdict.lines]
+    return [*lines, *(result.verdict.lines if result.verdict else ())]
 
 
 def _short(value: Any) -> str:

@@ -25,6 +25,8 @@ class Files:
 
     data: what was embedded; images: the folder they lie in. embed: the command that brings the store up to
     date. own_code: the user's own backbone, `module:function`, which has to be allowed by its name.
+    fit_options: those of `featcache fit` that were given, but for head, nodes and groups, which the result
+    has; head_options: those that only this head takes.
     """
 
     store: str = "STORE.h5"
@@ -33,6 +35,8 @@ class Files:
     images: str = "IMAGES"
     embed: tuple[str, ...] = ("featcache", "embed", "DATA", "-o", "STORE.h5")
     own_code: str | None = None
+    fit_options: tuple[str, ...] = ()
+    head_options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +82,18 @@ class FitResult:
         return f"{what} in {self.selection.n_folds}-fold cross-validation on the training rows"
 
     @property
-    def verdict(self) -> Verdict:
-        """Over- or underfitting, and whether the rows scored are as the training rows."""
+    def n_untrained(self) -> int:
+        """How many of the rows scored are of classes that were not trained on."""
+        return sum(row.n for row in self.metrics.per_class if row.name in self.untrained)
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """Over- or underfitting, and whether the rows scored are as the training rows.
+
+        None where some are of classes that were not trained on, which are wrong however good the fit is.
+        """
+        if self.untrained:
+            return None
         return judge(self.train_accuracy, self.metrics, held_out=self.cross_validated)
 
     def to_json(self) -> dict[str, Any]:
@@ -105,7 +119,7 @@ class FitResult:
             "chosen_by": self.chosen_by,
             "heads": [one.to_json() for one in competition.contenders] if competition else [],
             "left_out": [one.to_json() for one in competition.left_out] if competition else [],
-            "verdict": self.verdict.to_json(),
+            "verdict": self.verdict.to_json() if self.verdict else None,
             "abstention": self.abstention.to_json() if self.abstention else None,
             **self.outlook.to_json(),
             "trained_on": self.trained_on,

@@ -21,9 +21,8 @@ def summarise(result: FitResult) -> str:
     score = f"{100 * m.accuracy:.1f} % right (95 % interval {low:.1f} to {high:.1f})"
     rows = f"on {plural(m.n, 'row')} ({result.scored_on})"
     parts = [f"{result.head} on {_nodes(result.nodes)}: {score} {rows}"]
-    untrained = sum(row.n for row in m.per_class if row.name in result.untrained)
-    if untrained:
-        parts.append(f"{untrained:,} of them of classes that were not trained on, and so wrong")
+    if result.untrained:
+        parts.append(f"{result.n_untrained:,} of them of classes that were not trained on, and so wrong")
     return "; ".join([*parts, _sureness(result)])
 
 
@@ -44,8 +43,9 @@ def _sureness(result: FitResult) -> str:
         return "no other head took part"
     if chosen is not competition.best:
         return f"tied in cross-validation with {_tied(competition)}, and simpler"
-    if runner_up.is_tied:
-        return f"tied in cross-validation with {_tied(competition)}, though ahead"
+    # One farther behind than the runner-up may be tied where it is less sure how far.
+    if tied := _tied(competition):
+        return f"tied in cross-validation with {tied}, though ahead"
     return _ahead(runner_up)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from featcache.disk import write_atomically
 from featcache.errors import DiskError, HeadError, ModelError
 from featcache.images.paths import show_path
+from featcache.model import begins_as_model
 from featcache.progress import Progress
 from featcache.store.files import begins_as_store
 from featcache.tuning.checkpoint import Checkpoint
@@ -59,6 +60,12 @@ class TuningFiles:
                 f"{show_path(self.output)} cannot be written: there is no folder "
                 f"{show_path(self.output.parent)}. Make it first."
             )
+
+    def former(self) -> str | None:
+        """What is where the model is to be, in words."""
+        if begins_as_model(self.output):
+            return "another model"
+        return "another file" if self.output.exists() else None
 
     def write(
         self, tuned: Tuned, result: FinetuneResult, *, key: Mapping[str, Any], progress: Progress

@@ -40,13 +40,16 @@ def write_report(
     write_atomically(path, (json.dumps({**report, _ABOUT: about}, indent=2) + "\n").encode())
 
 
-def find_report(path: Path, *, key: Mapping[str, Any], output: Path) -> dict[str, Any] | None:
-    """The report of a run of just this that left the model that is there now; None where there is none."""
+def find_report(path: Path, *, key: Mapping[str, Any], output: Path | None) -> dict[str, Any] | None:
+    """The report of a run of just this that left the model that is there now; None where there is none.
+
+    output: None for a run that goes on.
+    """
     try:
         with open_regular(path) as file:
             found: dict[str, Any] = json.loads(file.read())
         about = found.pop(_ABOUT)
-        same = about == {**key, "output": sha256_of(output)}
+        same = about == {**key, "output": None if output is None else sha256_of(output)}
     except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError):
         return None
     return found if same else None
@@ -59,22 +62,26 @@ def look_first(
     what the checkpoint is of ("checkpoint").
 
     HeadError: nothing can be learned. ModelError: a checkpoint of another run. DiskError, ModelError,
-    HeadError: the output cannot be written.
+    HeadError: the output cannot be written. "replaced": what another run left where the model is to be.
     """
     files.require_writable(asked.model)
     data.require_rows(fitted, forget=asked.forget)
     model = sha256_of(asked.model)
     key = asked.key(model=model, images=data.digest())
+    first = {"key": key, "report": None, "checkpoint": {}, "replaced": files.former()}
     if restart:
-        return {"key": key, "report": None, "checkpoint": {}}
+        return first
     report = find_report(files.report, key=key, output=files.output)
     if report is not None and FinetuneResult.can_read(report):
-        return {"key": key, "report": report, "checkpoint": {}}
+        return {**first, "report": report}
     recorded = Checkpoint.recorded_run(files.checkpoint)
     if recorded:
         now = begun_from(asked.settings_for(fitted), model=model, ranks=launched_ranks())
         require_same_run(files.checkpoint, recorded, now, names=now)
-    return {"key": key, "report": None, "checkpoint": recorded}
+    # The model that is there may be the best so far of just this run.
+    own = find_report(files.report, key=key, output=None) if recorded else None
+    replaced = first["replaced"] if own is None else own.get("replaced")
+    return {**first, "checkpoint": recorded, "replaced": replaced}
 
 
 def begun_from(settings: Settings, *, model: str, ranks: int) -> dict[str, Any]:

@@ -89,17 +89,20 @@ class Job:
         with graceful_stop() as stop:
             training = time.perf_counter()
             tuned = run.carry_out(stop, restart=self.restart)
-            result = self._result(run, tuned, training=training)
+            result = self._result(run, tuned, training=training, replaced=looked["replaced"])
             if ranks.is_first:
                 files.write(tuned, result, key=looked["key"], progress=progress)
         return result
 
-    def _result(self, run: TuningRun, tuned: Tuned, *, training: float) -> FinetuneResult:
+    def _result(
+        self, run: TuningRun, tuned: Tuned, *, training: float, replaced: str | None
+    ) -> FinetuneResult:
         state, rows, now = tuned.state, tuned.rows, time.perf_counter()
         seen = tuned.comparison.seen if tuned.comparison else 0
         return FinetuneResult(
             model=str(run.where),
             output=str(self.files.output),
+            replaced=replaced,
             probe_kept=tuned.model is run.model,
             alpha=tuned.choice.alpha,
             choice=tuple(tuned.choice.to_json()["choice"]),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from itertools import count
+from pathlib import Path
 from typing import Any, Self
 
 from featcache.evaluate.comparison import Difference
@@ -25,7 +27,7 @@ class FinetuneResult:
     which the weights to keep were chosen, 0 being the start.
     comparison: of the kept model and `model`, on rows that nothing was chosen on, `scored_on`; None after an
     interruption. next: what to do now. losses: one a step. done_before: nothing was to do, since
-    the same run left this result, then without losses.
+    the same run left this result, then without losses. replaced: what was where `output` is, in words.
     """
 
     model: str
@@ -53,6 +55,7 @@ class FinetuneResult:
     notes: tuple[str, ...]
     losses: tuple[float, ...] = field(default=(), repr=False)
     done_before: bool = False
+    replaced: str | None = None
 
     @property
     def metrics(self) -> Metrics | None:
@@ -115,7 +118,8 @@ class FinetuneResult:
             parts.append(
                 f"{show_path(self.store)} is kept for the next run on the same images; remove it when done"
             )
-        parts += ["", *([] if self.done_before else [f"written to {show_path(self.output)}"])]
+        where = f", where {self.replaced} was" if self.replaced else ""
+        parts += ["", *([] if self.done_before else [f"written to {show_path(self.output)}{where}"])]
         if self.comparison:
             parts += [*self.comparison.lines(model=self.model, output=self.output), self._verdict()]
         return "\n".join([*parts, *self.next.lines()])
@@ -167,7 +171,7 @@ def advise(asked: Asked, comparison: Comparison | None, *, frozen_blocks: int) -
     if difference is not None and difference.verdict != "is tied with":
         name, better = ("MODEL2", asked.output) if difference.verdict == "beats" else ("MODEL", asked.model)
         return Step(why=f"to use {name}", command=asked.predict_line(better))
-    output = asked.output if difference is None else asked.output.with_stem(f"{asked.output.stem}-2")
+    output = _free_name(asked.output)
     if frozen_blocks:
         command = asked.line(output=output, unfreeze="all")
         return Step(why="to train more of the network", command=command)
@@ -175,6 +179,12 @@ def advise(asked: Asked, comparison: Comparison | None, *, frozen_blocks: int) -
         return Step(why="to train on augmented pictures", command=asked.line(output=output, views=2))
     lower = float(f"{asked.settings.lr / 10:.2g}")
     return Step(why="to train more gently", command=asked.line(output=output, lr=lower))
+
+
+def _free_name(taken: Path) -> Path:
+    """Another name in the same folder, where nothing is that a command would replace."""
+    names = (taken.with_stem(f"{taken.stem}-{number}") for number in count(2))
+    return next(name for name in names if not name.exists())
 
 
 def _read_metrics(raw: Mapping[str, Any]) -> Metrics:

@@ -24,8 +24,8 @@ def linear_head(model: Model, *, where: str) -> LinearHead:
     head = model.head
     if not isinstance(head, LinearHead):
         raise ModelError(
-            f"{where} has the head {model.head_name}, and fine-tuning begins with a linear one: fit "
-            "featcache fit STORE --head logistic, and fine-tune that."
+            f"{where} has the head {model.head_name}, and fine-tuning begins with a linear one: fit a "
+            "linear head first: featcache fit STORE --head logistic -o OTHER.model, and fine-tune that."
         )
     return head
 
