@@ -475,8 +475,8 @@ def features_bytes(path: Path) -> bytes:
     return FeatureStore.open(path).features().X.tobytes()
 
 
-# A kill comes in a batch that leaves room for 60 images that are computed and not yet written. Two passes of a
-# new store go into a comparison.
+# A kill comes in a batch that leaves room for 60 images that are computed and not yet written. Two passes of
+# a new store go into a comparison.
 
 
 def test_a_run_killed_twice_resumes_to_the_very_bytes_of_an_undisturbed_one(
