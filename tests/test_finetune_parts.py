@@ -510,7 +510,7 @@ def test_a_command_is_that_of_the_options_given() -> None:
     other = replace(asked, settings=replace(asked.settings, seed=1))
     assert other.key(model="m", images="i") != asked.key(model="m", images="i")
     with pytest.raises(ValueError, match="cache is auto, yes or no"):
-        replace(asked, cache="maybe")  # type: ignore[arg-type]
+        replace(asked, **{"cache": "maybe"})
 
 
 def test_what_to_do_next_follows_from_the_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

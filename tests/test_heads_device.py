@@ -16,7 +16,7 @@ from featcache.heads import HEADS
 from featcache.heads.device import ON_PROCESSORS, find_products
 from featcache.heads.logistic import LogisticHead
 from featcache.heads.moments import take_moments
-from featcache.heads.softmax_torch import OnTorch
+from featcache.heads.softmax_torch import OnTorch, TorchSoftmaxRows
 
 ON_TORCH = OnTorch(torch.device("cpu"))
 CANDIDATES: Any = {
@@ -56,7 +56,8 @@ def test_losses_and_gradients_of_torch_are_those_of_numpy(
         training.shared_folds(X, y, weigh=head._weigh, fold=fold, n_folds=3, products=products)
         for products in (ON_TORCH, ON_PROCESSORS)
     )
-    ours.rows.room = room  # type: ignore[attr-defined]
+    assert isinstance(ours.rows, TorchSoftmaxRows)
+    ours.rows.room = room
     rng = np.random.default_rng(2)
     folds = np.array([0, 2, 2, 3])
     weights, bias = rng.normal(size=(4, 4, 12)), rng.normal(size=(4, 4))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -48,9 +49,15 @@ def store(photos: Path, tmp_path: Path) -> Path:
     return tmp_path / "s.h5"
 
 
-def embed_it(data: Path, store: Path, **options: object) -> EmbedResult:
-    how = {"backbone": TOY, "batch_size": 4, "workers": 1, "decoder": "exact", "engine": "torch-eager"}
-    return embed(data, store, **{**how, **options})  # type: ignore[arg-type]
+def embed_it(data: Path, store: Path, **options: Any) -> EmbedResult:
+    how: dict[str, Any] = {
+        "backbone": TOY,
+        "batch_size": 4,
+        "workers": 1,
+        "decoder": "exact",
+        "engine": "torch-eager",
+    }
+    return embed(data, store, **{**how, **options})
 
 
 def remove(photos: Path, *numbers: int) -> None:

@@ -19,7 +19,7 @@ from featcache.commands.fit import fit
 from featcache.commands.predict import predict
 from featcache.commands.repair import repair
 from featcache.errors import BackboneError, FeatcacheError, SpecMismatch
-from featcache.images.decode import load_pictures
+from featcache.images.decode import LoadedPictures, load_pictures
 from featcache.images.identity import ImageFailure
 from featcache.images.views import draw_cut
 from featcache.spec import FeatureSpec, Picture, Preprocessing
@@ -171,7 +171,9 @@ def test_a_picture_stays_as_it_is_when_the_next_one_is_made(
 ) -> None:
     name = know_transform(fill_one_array)
     wanted = [Picture(preprocessing=Preprocessing(resize_size=8, crop_size=8, transform=name))]
-    first = load_pictures(data / "c0/00.png", wanted).pixels[0]  # type: ignore[union-attr]
+    loaded = load_pictures(data / "c0/00.png", wanted)
+    assert isinstance(loaded, LoadedPictures)
+    first = loaded.pixels[0]
     before = first.copy()
     load_pictures(data / "c1/01.png", wanted)
     np.testing.assert_array_equal(first, before)

@@ -146,6 +146,8 @@ def _cholesky(scatter: NDArray[np.float64], strength: float) -> NDArray[np.float
             factor: Any = cho_factor(matrix, lower=True, overwrite_a=True, check_finite=False)[0]
             return np.asarray(factor, dtype=np.float32)
         except LinAlgError:  # the rounding of the scatter itself is more than 1
+            if not np.isfinite(more):
+                raise  # the scatter is no number
             more = max(10 * more, strength * eps * float(np.trace(scatter)))
 
 
