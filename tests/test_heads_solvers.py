@@ -360,14 +360,14 @@ def test_a_sweep_over_random_labels_leaves_the_score_at_chance() -> None:
 
     from gaussians import gaussian_features
 
-    from featcache.fitting import fit_features
+    from featcache.fitting import Wishes, fit_features
 
     right = total = chosen_right = 0.0
     for seed in range(6):
         features = gaussian_features({"": 500}, seed=seed)
         y = np.random.default_rng(200 + seed).integers(0, 3, size=500)
         for head in ("logistic", "ridge", "knn"):
-            result = fit_features(replace(features, y=y), head=head)[0]
+            result = fit_features(replace(features, y=y), Wishes(head=head))[0]
             right += result.metrics.accuracy * result.metrics.n
             total += result.metrics.n
             chosen_right += max(c.accuracy for c in result.selection.candidates) * result.metrics.n
@@ -480,3 +480,9 @@ def test_a_fit_starts_near_weights_that_have_to_be_long() -> None:
         assert found.converged
         read.append(problems.evaluations)
     assert read[0] < 0.9 * read[1]
+
+
+def test_a_fit_of_classes_that_overlap_starts_from_zero() -> None:
+    X, y = blobs(3000, 40, 30, gap=0.3)
+    problems = training.all_rows(X, y, weigh=lambda codes: np.ones(30))
+    assert not np.any(problems._start(0, 1.0).weights)

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache.heads.narrow import of_models, of_rows
 from featcache.heads.threads import in_threads
 from featcache.processors import usable_processors
 
 TILE_VALUES = 4_000_000  # logits a thread holds at a time: 16 MB
 ROW_VALUES = 1_000_000  # of rows that are in the cache when they are multiplied again: 4 MB
-NARROW = 32  # models below which the matrix library is faster with the rows on the left
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -149,7 +149,7 @@ def _add(
     for start in range(0, len(block.codes), step):
         rows, codes = block.rows[start : start + step], block.codes[start : start + step]
         each = np.arange(len(codes))
-        p = _times(wide, rows).reshape(K, len(use), -1)  # (K, J, n)
+        p = of_models(wide, rows).reshape(K, len(use), -1)  # (K, J, n)
         p += shift
         p -= p.max(axis=0)
         true = p[codes, :, each]  # (n, J)
@@ -168,7 +168,7 @@ def _add(
             p *= of_row
             sums += p.sum(axis=2)
             p[codes, :, each] -= of_row.T
-        slope = slope + _times_rows(p.reshape(len(wide), -1), rows)
+        slope = slope + of_rows(p.reshape(len(wide), -1), rows)
     counts: Any = np.bincount(block.codes, minlength=K)[:, None]
     counts = counts if weigh is None else counts * weigh[use].T
     where: Any = slice(None) if everything else use
@@ -176,14 +176,3 @@ def _add(
     total[1][:, where] += slope.reshape(K, len(use), -1)
     total[2][:, where] += sums - counts
     total[3][:, where] += sums - squares
-
-
-def _times(wide: NDArray[Any], rows: NDArray[Any]) -> NDArray[Any]:
-    """Models (M, R) by rows (n, R): (M, n)."""
-    return np.ascontiguousarray((rows @ wide.T).T) if len(wide) < NARROW else wide @ rows.T
-
-
-def _times_rows(p: NDArray[Any], rows: NDArray[Any]) -> NDArray[Any]:
-    """(M, n) by rows (n, R): (M, R)."""
-    product: NDArray[Any] = (rows.T @ p.T).T if len(p) < NARROW else p @ rows
-    return product

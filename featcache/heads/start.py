@@ -15,14 +15,15 @@ from featcache.heads.curvature import GRAM_ROWS
 SHRINKAGE = 0.1  # of the covariance within classes, towards the identity
 LENGTHS = (0.0, *(2.0**e for e in range(-14, 3)))
 FEW = 2000  # rows that tell which length is best
+SEPARATED = 0.15  # of the objective at zero; from a first model that is not below it, no steps are saved
 
 
 class FirstModel:
     """Of standardised rows (S, R) and their classes (S,): weights t W and bias t b, those of linear
     discriminant analysis times t, which is about the best for a strength.
 
-    From zero, weights that have to be long take most of a solver's steps: there every row is unsure, and at
-    the end only those between the classes.
+    Where classes are well separated, weights that have to be long take most of a solver's steps from zero:
+    there every row is unsure, and at the end only those between the classes. Elsewhere it is zero.
     """
 
     def __init__(self, sample: NDArray[np.float32], codes: NDArray[np.intp], *, n_classes: int) -> None:
@@ -38,7 +39,8 @@ class FirstModel:
         for t in LENGTHS:
             losses = logsumexp(t * scores, axis=1) - t * own
             objectives.append(0.5 * t * t * squared + strength * float(losses.mean(dtype=np.float64)))
-        best = LENGTHS[int(np.argmin(objectives))]
+        separated = min(objectives) < SEPARATED * objectives[0]
+        best = LENGTHS[int(np.argmin(objectives))] if separated else 0.0
         return best * weights, best * bias
 
     @cached_property
