@@ -1,7 +1,8 @@
-"""What stands for the Hessian of a softmax regression: for each class a multiple of one Gram matrix."""
+"""What stands for the Hessian of a softmax regression: a matrix of the classes by one of the features."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -9,9 +10,13 @@ from numpy.typing import NDArray
 from scipy.linalg import LinAlgError, cho_factor, cho_solve
 from scipy.special import softmax
 
+from featcache.heads.threads import in_threads
+from featcache.processors import usable_processors
+
 KEPT_BYTES = 300_000_000  # of Cholesky factors
 FLOAT32_LOSS = 0.05  # rounding that a factor in float32 may have, twice as fast as one in float64
 SPACING = 2.0  # strengths between two factors: the nearer one is at most 1.41 times off
+LEAST_SPREAD = 1e-2  # of the axis on which classes are told apart least, beside the one of most
 GRAM_ROWS = 2  # rows that a look takes cross-products of, for each feature
 
 
@@ -63,11 +68,16 @@ class DiagonalCurvature:
 class GramCurvature:
     """From some rows, (S, R), that stand for all, and for folds of n_rows, (n_folds,).
 
-    The Hessian of class k is the Gram matrix of the rows [z, 1], each weighted by p_k (1 - p_k). It is taken
-    apart into the mean m_k of the rows weighted so, and a covariance V about such means, the same for all
-    classes: where these are well separated, the rows that have any weight are few, and vary far less about
-    the mean of their class than all rows about theirs. As few rows tell a covariance badly, V is drawn
-    towards the Gram matrix of all rows. Before the first look, V is that matrix and m_k is 0.
+    Each row [z, 1] has diag(p) - p p^T times its own cross-products in the Hessian. For the sum over the rows
+    stands the product of both sums: A, the mean of diag(p) - p p^T, and the cross-products of the rows, each
+    weighted by its share of A's trace (as in Martens and Grosse, "Optimizing neural networks with
+    Kronecker-factored approximate curvature", ICML 2015). On the axes of A the classes come apart, and each
+    axis is a ridge regression at a strength of its own. The weighted rows have the mean m and the covariance
+    V about it: where classes are well separated, the rows that have any weight are few, and vary far less
+    than all rows. As few rows tell a covariance badly, V is drawn towards the Gram matrix of all rows.
+
+    Before the first look V is that matrix, m is 0, and the classes are taken one by one. A and V are those of
+    the model last looked at; a problem scales A by its own trace.
 
     Cholesky factors are made for strengths on a grid, when they are first met. Float32 solutions: they
     only steer.
@@ -77,21 +87,26 @@ class GramCurvature:
         self.sample, self.n_rows = sample, n_rows
         self.gram = _gram(sample) / len(sample)
         S, R = sample.shape
-        # Cross-products, a product with the models, and a factor for each of some strengths.
-        self.look_cost = GRAM_ROWS * R**3 + 4.0 * S * R * n_classes + 4 * R**3 / 3
-        self._take(self.gram, np.zeros((n_classes, R)))
+        # Cross-products, a product with the models, the axes of A, and a factor for each of some strengths.
+        self.look_cost = GRAM_ROWS * R**3 + 4.0 * S * R * n_classes + 10.0 * n_classes**3 + 4 * R**3 / 3
+        self.axes: NDArray[np.float64] | None = None  # of A, (K, K) in columns
+        self.spread = np.ones(n_classes)  # A's eigenvalues as parts of its trace
+        self._take(self.gram, np.zeros(R))
 
     def look(self, weights: NDArray[np.float64], bias: NDArray[np.float64]) -> None:
         p = softmax(self.sample @ weights.T.astype(np.float32) + bias.astype(np.float32), axis=1)  # (S, K)
+        mean = p.mean(axis=0, dtype=np.float64)
+        spread, self.axes = np.linalg.eigh(np.diag(mean) - (p.T @ p).astype(np.float64) / len(p))
+        self.spread = np.maximum(spread, LEAST_SPREAD * spread[-1]) / spread.sum()
         p *= 1 - p
         p += np.finfo(np.float32).eps
-        of_class, of_row = p.sum(axis=0, dtype=np.float64), p.sum(axis=1, dtype=np.float64)
-        means = (p.T @ self.sample).astype(np.float64) / of_class[:, None]
+        of_row = p.sum(axis=1, dtype=np.float64)
+        centre = (of_row.astype(np.float32) @ self.sample).astype(np.float64) / of_row.sum()
         rows, counts = self._draw(of_row)
-        scatter = _gram(rows * np.sqrt(counts)[:, None]) - (means.T * of_class) @ means
+        scatter = _gram(rows * np.sqrt(counts)[:, None]) / of_row.sum() - np.outer(centre, centre)
         effective = of_row.sum() ** 2 / max(np.sum(of_row**2), np.sum(counts.astype(np.float64) ** 2))
         share = len(scatter) / (len(scatter) + effective)
-        self._take((1 - share) / of_row.sum() * scatter + share * self.gram, means)
+        self._take((1 - share) * scatter + share * self.gram, centre)
 
     def solve(
         self,
@@ -102,18 +117,25 @@ class GramCurvature:
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """With s the strength of all rows, w and b of s V w + w + s m (m w + b) = v and s (m w + b) = c are
         (s V + 1)^-1 (v - c m) and c / s - m w."""
-        strength = strength * self.n_rows[fold][:, None]
-        level = np.rint(np.log(strength) / np.log(SPACING)).astype(int)  # (J, K)
-        right = (weights - bias[..., None] * self.means).astype(np.float32)
-        solved = np.empty_like(weights)
-        for value in np.unique(level):
-            which = level == value
-            factor = (self._factor(int(value)), True)
-            solved[which] = cho_solve(factor, right[which].T, check_finite=False).T
-        return solved, bias / strength - np.einsum("jkr,kr->jk", solved, self.means)
+        if self.axes is None:
+            return self._solve(strength * self.n_rows[fold][:, None], weights, bias)
+        of_trace = 0.5 * strength.sum(axis=1) * self.n_rows[fold]
+        found, offset = self._solve(of_trace[:, None] * self.spread, self.axes.T @ weights, bias @ self.axes)
+        return self.axes @ found, offset @ self.axes.T
 
-    def _take(self, scatter: NDArray[np.float64], means: NDArray[np.float64]) -> None:
-        self.scatter, self.means = scatter, means
+    def _solve(
+        self, strength: NDArray[np.float64], weights: NDArray[np.float64], bias: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        level = np.rint(np.log(strength) / np.log(SPACING)).astype(int)  # (J, K)
+        right = (weights - bias[..., None] * self.mean).astype(np.float32)
+        solved = np.empty_like(weights)
+        for value, factor in self._factors(np.unique(level)):
+            which = level == value
+            solved[which] = cho_solve((factor, True), right[which].T, check_finite=False).T
+        return solved, bias / strength - solved @ self.mean
+
+    def _take(self, scatter: NDArray[np.float64], mean: NDArray[np.float64]) -> None:
+        self.scatter, self.mean = scatter, mean
         self.factors: dict[int, NDArray[np.float32]] = {}
 
     def _draw(self, weights: NDArray[np.float64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -123,13 +145,19 @@ class GramCurvature:
         drawn = np.random.default_rng(0).random(len(weights)) * least < weights
         return self.sample[drawn], np.maximum(weights[drawn], least).astype(np.float32)
 
-    def _factor(self, level: int) -> NDArray[np.float32]:
-        if level not in self.factors:
-            R = len(self.scatter)
-            while self.factors and (len(self.factors) + 1) * R * R * 4 > KEPT_BYTES:
-                del self.factors[next(iter(self.factors))]  # the one made first
-            self.factors[level] = _cholesky(self.scatter, SPACING**level)
-        return self.factors[level]
+    def _factors(self, levels: NDArray[np.intp]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Each level with its factor, those not met before made side by side, a few at a time."""
+        R = len(self.scatter)
+        most = max(KEPT_BYTES // (R * R * 4), 1)
+        for start in range(0, len(levels), most):
+            some = [int(level) for level in levels[start : start + most]]
+            missing = [level for level in some if level not in self.factors]
+            for old in [level for level in self.factors if level not in some]:  # those made first
+                if len(self.factors) + len(missing) > most:
+                    del self.factors[old]
+            made = in_threads(lambda level: _cholesky(self.scatter, SPACING**level), missing)
+            self.factors.update(zip(missing, made, strict=True))
+            yield from ((level, self.factors[level]) for level in some)
 
 
 def _cholesky(scatter: NDArray[np.float64], strength: float) -> NDArray[np.float32]:
@@ -152,5 +180,6 @@ def _cholesky(scatter: NDArray[np.float64], strength: float) -> NDArray[np.float
 
 
 def _gram(rows: NDArray[np.float32]) -> NDArray[np.float64]:
-    gram: NDArray[np.float64] = (rows.T @ rows).astype(np.float64)
-    return gram
+    """Cross-products, of a part of the rows on each processor."""
+    parts = np.array_split(rows, usable_processors())
+    return np.sum(in_threads(lambda part: part.T @ part, parts), axis=0, dtype=np.float64)

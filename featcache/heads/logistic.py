@@ -18,6 +18,7 @@ from featcache.heads.problems import Problems, Solution
 from featcache.heads.temperature import fit_temperature
 from featcache.heads.training import all_rows, rotated_folds, shared_folds
 
+SEARCHED = 10  # times the tolerance, that does to tell strengths apart
 LOOSE = 1e-3  # tolerance where a strength cannot be the best
 SURELY = 3.0  # standard errors
 
@@ -28,12 +29,9 @@ class LogisticHead(LinearHead):
     w_n is the weight of the row's class. The intercept b is not penalised. Two classes are treated like any
     number: their W has two rows, and the optimum is that of scikit-learn's binomial form at 2 C.
 
-    A fit starts from discriminant analysis (`FirstModel`), and L-BFGS each of its steps from the inverse of
-    2 C q_k N G + 1, with G a Gram matrix of the rows (`GramCurvature`) and q_k the mean of p (1 - p) over the
-    rows for class k at the point reached. Each z_n has diag(p) - p p^T in the Hessian, whose row of class k
-    sums to 2 p_k (1 - p_k) in absolute value, so that diag(2 p (1 - p)) is above it (Gershgorin); the mean
-    stands for each row's own. (Böhning, "Multinomial logistic regression algorithm", Ann. Inst. Statist.
-    Math. 1992, has the bound 1/2 for all of it; where classes are well separated q is far smaller.)
+    A fit starts from zero, or from discriminant analysis where that is far better (`FirstModel`), and L-BFGS
+    each of its steps from the inverse of C N (A x V) + 1: A is the mean of diag(p) - p p^T over the rows, V a
+    covariance of those that are not sure yet (`GramCurvature`).
 
     Matrix products are float32 for large data, sums are float64; the last gradient is float64 throughout.
 
@@ -42,7 +40,8 @@ class LogisticHead(LinearHead):
     C : inverse strength of the penalty.
     class_weight : "balanced" gives every class the same weight, None every row; or a weight for each class.
     tol : the solver stops when the decrease it still expects is below this fraction of the objective, which
-        is then at most some 60 times as far above its minimum: within 1e-5 by default.
+        is then at most some 60 times as far above its minimum: within 1e-5 by default. A search is content
+        with ten times that.
     max_iter : the solver stops here whatever was reached.
     device : where products over the rows are done: cpu, cuda, or auto, which takes a CUDA device where torch
         has one and the processors would take long.
@@ -211,7 +210,7 @@ class _LogisticSearch:
         """The scores of each strength, a wave of strengths solved side by side."""
         for start in range(0, len(ascending), self.problems.wave):
             wave = ascending[start : start + self.problems.wave]
-            tol = max(self.head.tol, LOOSE) if self._beyond_hope(wave[0]) else self.head.tol
+            tol = max(SEARCHED * self.head.tol, LOOSE if self._beyond_hope(wave[0]) else 0.0)
             wanted = [(f, C) for C in wave for f in range(self.n_folds)]
             self.problems.solve(wanted, tol=tol, max_iter=self.head.max_iter)
             for C in wave:

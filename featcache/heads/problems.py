@@ -179,6 +179,6 @@ class _Objective:
         return self.pack(*curvature.solve(self.fold[which], strength, weights, bias))
 
     def _is_look_due(self, cost: float) -> bool:
-        """After 1, 3, 6, 12 … reads, but where all looks together would cost much beside the reads."""
-        due = 1 if not self.looks else 3 * 2 ** (self.looks - 1)
+        """After 1, 6, 24, 96 … reads, but where all looks together would cost much beside the reads."""
+        due = 1 if not self.looks else 6 * 4 ** (self.looks - 1)
         return self.reads >= due and (self.looks + 1) * cost <= LOOK_SHARE * self.operations
