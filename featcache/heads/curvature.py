@@ -182,4 +182,6 @@ def _cholesky(scatter: NDArray[np.float64], strength: float) -> NDArray[np.float
 def _gram(rows: NDArray[np.float32]) -> NDArray[np.float64]:
     """Cross-products, of a part of the rows on each processor."""
     parts = np.array_split(rows, usable_processors())
-    return np.sum(in_threads(lambda part: part.T @ part, parts), axis=0, dtype=np.float64)
+    products = in_threads(lambda part: part.T @ part, parts)
+    gram: NDArray[np.float64] = np.sum(products, axis=0, dtype=np.float64)
+    return gram
