@@ -73,7 +73,12 @@ def take(features: FeatureSet, rows: Any) -> FeatureSet:
 def write_store(path: Path, features: FeatureSet, *, fill: bool = True) -> Path:
     """A store that gives these features back; without `fill` its rows are pending."""
     records = tuple(
-        ImageRecord(path=name, stat=NO_FILE, label=features.classes[label], split=split or None)
+        ImageRecord(
+            path=name,
+            stat=NO_FILE,
+            label=features.classes[label] if label >= 0 else None,
+            split=split or None,
+        )
         for name, label, split in zip(
             features.ids, features.y.tolist(), features.splits.tolist(), strict=True
         )

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import featcache.heads.moments as moments
+import featcache.heads.pieces as pieces
 import featcache.heads.softmax_torch as softmax_torch
 import featcache.heads.training as training
 from featcache.heads import HEADS
 from featcache.heads.device import ON_PROCESSORS, find_products
 from featcache.heads.logistic import LogisticHead
-from featcache.heads.moments import take_moments
+from featcache.heads.moments import Moments, take_moments
 from featcache.heads.softmax_torch import OnTorch, TorchSoftmaxRows
 
 ON_TORCH = OnTorch(torch.device("cpu"))
@@ -107,6 +110,27 @@ def test_cross_products_of_torch_are_those_of_numpy() -> None:
         for products in (ON_TORCH, ON_PROCESSORS)
     )
     np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("cross", [True, False])
+@pytest.mark.parametrize("weights", [None, np.array([1.0, 0.5, 2.0, 3.0])])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
+def test_moments_of_rows_that_a_device_takes_as_they_are_stored_are_those_of_numpy(
+    dtype: Any, weights: Any, cross: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moments, "FLOAT64_VALUES", 0)
+    monkeypatch.setattr(moments, "CHUNK_VALUES", 700)
+    X, y = blobs()
+    X, part = X.astype(dtype), np.random.default_rng(1).integers(0, 3, size=len(y))
+    X.flags.writeable = False  # as those of a store
+    options: Any = {"n_classes": 4, "part": part, "n_parts": 3, "cross": cross, "weights": weights}
+    expected = take_moments(X, y, **options)
+    monkeypatch.setattr(pieces, "centre_rows", lambda *_, **__: pytest.fail("rows were prepared by numpy"))
+    found = take_moments(X, y, products=ON_TORCH, **options)
+    for field in fields(Moments):
+        ours, theirs = getattr(found, field.name), getattr(expected, field.name)
+        if theirs is not None:
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
 
 
 @pytest.mark.parametrize("name", CANDIDATES)

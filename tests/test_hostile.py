@@ -33,7 +33,7 @@ from featcache.commands.info import info
 from featcache.commands.predict import predict
 from featcache.commands.verify import verify
 from featcache.errors import DamagedStore, FeatcacheError, ModelError, NotAStore
-from featcache.fitting import fit_features
+from featcache.fitting import Wishes, fit_features
 from featcache.model import Model
 from featcache.records import NO_FILE, ImageRecord
 from featcache.store.creating import create_store
@@ -429,7 +429,7 @@ def test_a_pickle_under_any_name_is_refused_and_never_run(
 
 
 def save_model(path: Path, head: str = "ncm", **options: Any) -> Path:
-    fit_features(gaussian_features(**options), head=head, provenance=PROVENANCE)[1].save(path)
+    fit_features(gaussian_features(**options), Wishes(head=head), provenance=PROVENANCE)[1].save(path)
     return path
 
 

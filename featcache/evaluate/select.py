@@ -143,8 +143,8 @@ def select(
     best = search.run()
     if not math.isfinite(best.nll):
         raise HeadError(
-            f"{name} cannot be fitted: its scores of the rows held out are not finite. The features may be "
-            "of a size that it cannot work with: scale them, or take another head."
+            f"{name} cannot be fitted: its scores of the rows held out are not finite. Its parameters or the "
+            "size of the features may not suit it: set others with --param, or take another head."
         )
     return Selection(
         params={**given, **best.values, "temperature": best.temperature},

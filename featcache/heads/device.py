@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.heads.entry import RATE
+from featcache.heads.pieces import Cut, Piece, cut_rows
 from featcache.heads.softmax import ROW_VALUES, Affine, Block, SoftmaxRows
 from featcache.processors import usable_processors
 
@@ -20,7 +21,7 @@ WORTH_SECONDS = 10.0  # of products on the processors, from which torch is looke
 
 
 class Products(Protocol):
-    """The three products that a fit of a linear head is made of.
+    """The products that a fit of a linear head is made of, and what comes before them.
 
     tile_values: values of a block of rows that is made anew for every read.
     """
@@ -37,6 +38,10 @@ class Products(Protocol):
         """Rows whose log-loss will be asked for many times."""
         ...
 
+    def pieces(self, rows: NDArray[Any], group: NDArray[np.intp], cut: Cut) -> list[Piece]:
+        """Rows (n, D) as they are stored, of parts and classes group (n,), with their sums."""
+        ...
+
     def gram(self, n_parts: int, n_features: int) -> GramSum:
         """Sums of cross-products, all 0."""
         ...
@@ -49,8 +54,8 @@ class Products(Protocol):
 class GramSum(Protocol):
     """Cross-products of rows, summed part by part in float64."""
 
-    def add(self, part: int, rows: NDArray[Any]) -> None:
-        """Add those of the rows (n, D), products in their own dtype."""
+    def add(self, part: int, rows: Any) -> None:
+        """Add those of the rows (n, D) of a piece, products in their own dtype."""
         ...
 
     def total(self) -> NDArray[np.float64]:
@@ -71,6 +76,9 @@ class OnProcessors:
         weights: NDArray[np.float64],
     ) -> SoftmaxRows:
         return SoftmaxRows(blocks, affine=affine, weights=weights)
+
+    def pieces(self, rows: NDArray[Any], group: NDArray[np.intp], cut: Cut) -> list[Piece]:
+        return cut_rows(rows, group, cut)
 
     def gram(self, n_parts: int, n_features: int) -> GramSum:
         return _GramSum(n_parts, n_features)

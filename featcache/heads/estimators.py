@@ -18,20 +18,26 @@ from sklearn.preprocessing import StandardScaler
 from featcache.errors import HeadError, ModelError
 from featcache.heads.archive import check_archive
 from featcache.heads.base import Head, require_positive
+from featcache.heads.contents import check_contents
 from featcache.heads.parameters import nearest, require_known
 
-# What a model file may hold beside the types skops trusts by itself: the trees, whose indices are checked
-# below, the training state of the perceptron and the parts of a calibrated classifier.
+# What a model file may hold beside the types skops trusts by itself: the trees, whose indices `contents`
+# checks, the training state of the perceptron and the parts of a calibrated classifier.
 TRUSTED = frozenset(
     {
         "sklearn.calibration._CalibratedClassifier",
         "sklearn.calibration._SigmoidCalibration",
+        "sklearn.calibration._TemperatureScaling",
+        "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
         "sklearn.neural_network._stochastic_optimizers.AdamOptimizer",
         "sklearn.neural_network._stochastic_optimizers.SGDOptimizer",
         "sklearn.tree._tree.Tree",
     }
 )
 LEAST_PROBABILITY = 1e-15  # smaller ones count as this, so that their logarithms are finite
+FAR = 10.0  # standard deviations of every feature at once: further than images lie
+# Classifiers of what standardised features are not, and what that is.
+FOREIGN = {"CategoricalNB": "categories", "ComplementNB": "counts", "MultinomialNB": "counts"}
 
 
 class EstimatorHead(Head):
@@ -80,12 +86,14 @@ class EstimatorHead(Head):
         return np.where(said, 0.99, 0.01 / (n_classes - 1))
 
     def column_scores(self, X: NDArray[Any]) -> NDArray[np.float64]:
-        return np.log(np.maximum(self._probabilities(X), LEAST_PROBABILITY))
+        with _quietly():
+            return np.log(np.maximum(self._probabilities(X), LEAST_PROBABILITY))
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
         """What the estimator itself predicts."""
         X = self._check_input(X)
-        labels: NDArray[Any] = self.classes_[self.pipeline_.predict(_wide_enough(X))]
+        with _quietly():
+            labels: NDArray[Any] = self.classes_[self.pipeline_.predict(_wide_enough(X))]
         return labels
 
     def require_savable(self) -> None:
@@ -93,12 +101,25 @@ class EstimatorHead(Head):
 
         Of one that cannot be fitted on these nothing is said: that is for the real rows to say.
         """
-        y = np.arange(24) % 2
-        X = np.random.default_rng(0).normal(size=(24, 4)) + y[:, None]
+        y = np.arange(48) % 2
+        X = np.random.default_rng(0).normal(size=(48, 16)) + y[:, None]
+        head = clone(self)
         try:
-            clone(self).fit(X, y).to_arrays()
+            head.fit(X, y)
         except ValueError:
             return
+        head.to_arrays()
+        if not head._answers(np.full((1, 16), FAR)):
+            raise HeadError(
+                f"sklearn:{self.estimator} has no answer for images far from those it was fitted on. Set "
+                "other parameters with --param, or choose another head; featcache fit --help lists them."
+            )
+
+    def _answers(self, X: NDArray[Any]) -> bool:
+        try:
+            return bool(np.isfinite(self.predict_proba(X)).all())
+        except ValueError:
+            return False
 
     def to_arrays(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         with _torch_left_alone():
@@ -133,9 +154,9 @@ class EstimatorHead(Head):
 
     def _fit(self, X: NDArray[Any], codes: NDArray[np.intp]) -> None:
         require_positive("temperature", self.temperature)
-        pipeline = make_pipeline(StandardScaler(), self._build())
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            pipeline = make_pipeline(StandardScaler(), self._build())
             try:
                 self.pipeline_ = pipeline.fit(_wide_enough(X), codes)
             except TypeError as error:  # of a parameter's value, as some estimators have it
@@ -156,17 +177,25 @@ class EstimatorHead(Head):
         require_known(given, defaults, what=f"sklearn:{self.estimator}")
         if "random_state" in defaults and "random_state" not in given:
             given["random_state"] = self.seed
+        if defaults.get("algorithm") == "auto":
+            # Of few features scikit-learn makes a tree of neighbours, which a model file may not hold.
+            given.setdefault("algorithm", "brute")
         return kind(**given)
 
 
 def _find_classifier(name: str) -> Any:
-    """scikit-learn's classifier of this class name; HeadError naming the nearest otherwise."""
+    """scikit-learn's classifier of this class name; HeadError naming the nearest, or what suits features."""
     with _torch_left_alone():
         from sklearn.utils import all_estimators
 
         known = dict(all_estimators(type_filter="classifier"))
     if name not in known:
         raise HeadError(f"scikit-learn has no classifier {name!r}. Did you mean {nearest(name, known)}?")
+    if name in FOREIGN:
+        raise HeadError(
+            f"sklearn:{name} takes {FOREIGN[name]}, and features are numbers of either sign. Choose "
+            "sklearn:GaussianNB, or another head; featcache fit --help lists them."
+        )
     return known[name]
 
 
@@ -177,6 +206,14 @@ def _wide_enough(X: NDArray[Any]) -> NDArray[Any]:
 
 def _first_line(message: Warning | str) -> str:
     return str(message).strip().splitlines()[0]
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what scikit-learn warns of after a fit: answers that are not finite are refused later."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextmanager
@@ -199,7 +236,7 @@ def _torch_left_alone() -> Iterator[None]:
 
 def _load_pipeline(data: bytes, *, n_features: int) -> Any:
     """The pipeline in `data`; ModelError naming the first type that is neither skops' nor ours."""
-    with _torch_left_alone():
+    with _torch_left_alone(), _quietly():
         from skops.io import get_untrusted_types, loads
 
         check_archive(data)
@@ -212,26 +249,5 @@ def _load_pipeline(data: bytes, *, n_features: int) -> Any:
         pipeline = loads(data, trusted=sorted(unknown))
     if not isinstance(pipeline, Pipeline) or pipeline.n_features_in_ != n_features:
         raise ModelError("the scikit-learn estimator of this model does not fit its features")
-    for tree in _trees(pipeline[-1]):
-        _check_tree(tree, n_features=n_features)
+    check_contents(pipeline, n_features=n_features)
     return pipeline
-
-
-def _trees(estimator: Any) -> Iterator[Any]:
-    """Every fitted tree inside an estimator."""
-    if hasattr(estimator, "tree_"):
-        yield estimator.tree_
-    parts = getattr(estimator, "estimators_", ())
-    for part in np.asarray(parts, dtype=object).ravel():
-        yield from _trees(part)
-
-
-def _check_tree(tree: Any, *, n_features: int) -> None:
-    """scikit-learn follows a tree's indices without looking: refuse those that lead outside of it."""
-    left, right, feature = tree.children_left, tree.children_right, tree.feature
-    node, inner = np.arange(tree.node_count), left != -1
-    # Children come after their parent, as scikit-learn writes them: so no walk is endless.
-    forward = (left > node) & (left < tree.node_count) & (right > node) & (right < tree.node_count)
-    known = (feature >= 0) & (feature < n_features)
-    if tree.n_features > n_features or not np.all(~inner | (forward & known)):
-        raise ModelError("a decision tree of this model has indices that lead outside of it")

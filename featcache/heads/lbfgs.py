@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 MEMORY = 10  # pairs of steps and gradient changes that are kept
 SUFFICIENT = 1e-4  # of the decrease that the slope promises, for a step to be taken
+LEAST_STEPS = 2
 MAX_TRIALS = 12  # lengths of one step
 LEAST_SCALE = 0.02  # of the preconditioner
 
@@ -62,9 +63,12 @@ class _Running:
 def minimise(objective: Objective, x: NDArray[np.float64], *, tol: float, max_iter: int) -> Minima:
     """L-BFGS from the points x, (J, n), a step of all problems at a time; a problem that is done drops out.
 
-    A problem is done when the decrease that its quadratic model promises, 1/2 g H g, is below `tol` times its
-    value. H starts from `objective.precondition` (Nocedal and Wright, "Numerical optimization", 2006,
-    algorithm 7.4), less where that was too long along the last step. Where a step had to be shorter than its
+    A problem is done when the decrease that its quadratic model promises, 1/2 g H g, is below `tol` times
+    its value, and LEAST_STEPS were taken: where the value hardly depends on x, the decrease that one step
+    leaves is next to nothing beside the value, but not beside what x has gained.
+
+    H starts from `objective.precondition` (Nocedal and Wright, "Numerical optimization", 2006, algorithm
+    7.4), less where that was too long along the last step. Where a step had to be shorter than its
     direction, the next is first tried at twice that length. Convexity spares the second Wolfe condition:
     s . y > 0 holds for every step.
     """
@@ -79,7 +83,7 @@ def minimise(objective: Objective, x: NDArray[np.float64], *, tol: float, max_it
     )
     for iteration in range(max_iter + 1):
         direction, slope = _direction(objective, run)
-        done = -0.5 * slope <= tol * np.abs(run.value)
+        done = (-0.5 * slope <= tol * np.abs(run.value)) & (iteration >= LEAST_STEPS)
         stalled = done.copy()
         if iteration < max_iter and not done.all():
             stalled |= _step(objective, run, direction, slope, ~done)

@@ -18,7 +18,7 @@ from featcache.heads.problems import Problems, Solution
 from featcache.heads.temperature import fit_temperature
 from featcache.heads.training import all_rows, rotated_folds, shared_folds
 
-SEARCHED = 10  # times the tolerance, that does to tell strengths apart
+SEARCHED = 10  # times the tolerance, that does to tell strengths apart on so many rows that float32 does
 LOOSE = 1e-3  # tolerance where a strength cannot be the best
 SURELY = 3.0  # standard errors
 
@@ -40,8 +40,8 @@ class LogisticHead(LinearHead):
     C : inverse strength of the penalty.
     class_weight : "balanced" gives every class the same weight, None every row; or a weight for each class.
     tol : the solver stops when the decrease it still expects is below this fraction of the objective, which
-        is then at most some 60 times as far above its minimum: within 1e-5 by default. A search is content
-        with ten times that.
+        is then at most some 60 times as far above its minimum: within 1e-5 by default. A search over
+        many rows is content with ten times that.
     max_iter : the solver stops here whatever was reached.
     device : where products over the rows are done: cpu, cuda, or auto, which takes a CUDA device where torch
         has one and the processors would take long.
@@ -210,7 +210,9 @@ class _LogisticSearch:
         """The scores of each strength, a wave of strengths solved side by side."""
         for start in range(0, len(ascending), self.problems.wave):
             wave = ascending[start : start + self.problems.wave]
-            tol = max(SEARCHED * self.head.tol, LOOSE if self._beyond_hope(wave[0]) else 0.0)
+            many = self.problems.dtype is np.float32
+            tol = self.head.tol * (SEARCHED if many else 1)
+            tol = max(tol, LOOSE) if self._beyond_hope(wave[0]) else tol
             wanted = [(f, C) for C in wave for f in range(self.n_folds)]
             self.problems.solve(wanted, tol=tol, max_iter=self.head.max_iter)
             for C in wave:

@@ -15,14 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.heads.device import ON_PROCESSORS, Products
+from featcache.heads.pieces import Cut, Piece
 from featcache.heads.standardize import CHUNK_VALUES, Standardizer
 from featcache.heads.threads import in_threads
-from featcache.heads.widen import centre_rows
 from featcache.processors import usable_processors
 
 CENTRE_ROWS = 4096  # rows that the provisional centre is the mean of
 FLOAT64_VALUES = 1_000_000  # up to this size cross-products are float64; above, those of float64 data alone
-LONG_RUNS = 16  # mean rows of a run from which it is summed by itself
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -124,110 +123,56 @@ def take_moments(
     """
     d = X.shape[1]
     part = np.zeros(len(X), dtype=np.intp) if part is None else part
-    reader = _Reader(X, part * n_classes + codes, n_classes, n_parts, _centre(X))
+    group = part * n_classes + codes
     weights = np.ones(n_classes) if weights is None else weights
     weighted = not np.all(weights == 1)
+    cut = Cut(
+        n_classes=n_classes,
+        centre=_centre(X),
+        dtype=np.float64 if X.size <= FLOAT64_VALUES or X.dtype == np.float64 else np.float32,
+        squares=weighted or not cross,
+        scale=np.sqrt(weights) if weighted and cross else None,
+    )
     sums = np.zeros((n_parts * n_classes, d))
     squares = np.zeros((n_parts, d))
     low, high = np.full((n_parts, d), np.inf), np.full((n_parts, d), -np.inf)
     crossed = products.gram(n_parts, d) if cross else None
-    for piece in reader.pieces(squares=weighted or not cross):
+    for piece in _pieces(X, group, cut, products):
         sums[piece.groups] += piece.sums
         p = piece.part
         squares[p] += piece.squares
         np.minimum(low[p], piece.low, out=low[p])
         np.maximum(high[p], piece.high, out=high[p])
         if crossed is not None:
-            if weighted:
-                piece.rows *= np.sqrt(weights[piece.codes])[:, None].astype(piece.rows.dtype)
             crossed.add(p, piece.rows)
     gram = None if crossed is None else crossed.total()
     if gram is not None and not weighted:
         squares = np.einsum("pdd->pd", gram).copy()
     return Moments(
-        centre=reader.centre,
-        counts=np.bincount(reader.group, minlength=n_parts * n_classes).reshape(n_parts, n_classes),
+        centre=cut.centre,
+        counts=np.bincount(group, minlength=n_parts * n_classes).reshape(n_parts, n_classes),
         sums=sums.reshape(n_parts, n_classes, d),
         squares=squares,
         low=low,
         high=high,
         weights=weights,
-        noise=float(np.finfo(reader.dtype).eps),
+        noise=float(np.finfo(cut.dtype).eps),
         gram=gram,
     )
 
 
-@dataclass(kw_only=True, eq=False)
-class _Piece:
-    """Rows of one part, sorted by class, and their sums."""
+def _pieces(X: NDArray[Any], group: NDArray[np.intp], cut: Cut, products: Products) -> Iterator[Piece]:
+    """All rows, in a fixed order; a chunk for each processor is prepared at a time."""
+    step = max(CHUNK_VALUES // max(X.shape[1], 1), 1)
+    chunks = [slice(start, min(start + step, len(X))) for start in range(0, len(X), step)]
+    together = usable_processors()
 
-    part: int
-    rows: NDArray[Any]  # (n, D), x - centre
-    codes: NDArray[np.intp]  # (n,)
-    groups: NDArray[np.intp]  # part and class of each row of `sums`
-    sums: NDArray[np.float64]  # (classes met, D)
-    squares: NDArray[np.float64] | float
-    low: NDArray[Any]  # (D,)
-    high: NDArray[Any]
+    def prepare(rows: slice) -> list[Piece]:
+        return products.pieces(X[rows], group[rows], cut)
 
-
-@dataclass(frozen=True, eq=False)
-class _Reader:
-    X: NDArray[Any]
-    group: NDArray[np.intp]  # (N,), part * n_classes + class
-    n_classes: int
-    n_parts: int
-    centre: NDArray[np.float64]
-
-    @property
-    def dtype(self) -> type[np.floating[Any]]:
-        exact = self.X.size <= FLOAT64_VALUES or self.X.dtype == np.float64
-        return np.float64 if exact else np.float32
-
-    def pieces(self, *, squares: bool) -> Iterator[_Piece]:
-        """All rows, in a fixed order; a chunk for each processor is prepared at a time."""
-        step = max(CHUNK_VALUES // max(self.X.shape[1], 1), 1)
-        starts = range(0, len(self.X), step)
-        together = usable_processors()
-        for first in range(0, len(starts), together):
-            some = [
-                range(start, min(start + step, len(self.X))) for start in starts[first : first + together]
-            ]
-            for made in in_threads(lambda rows: self._prepare(rows, squares), some, products=False):
-                yield from made
-
-    def _prepare(self, rows: range, squares: bool) -> list[_Piece]:
-        group = self.group[rows.start : rows.stop]
-        order = np.argsort(group, kind="stable")
-        group = group[order]
-        centred = np.empty((len(rows), self.X.shape[1]), dtype=self.dtype)
-        wide = np.float64 if self.X.dtype == np.float64 else self.dtype
-        centre_rows(self.X[rows.start : rows.stop][order], self.centre.astype(wide), out=centred)
-        made = []
-        for p in np.unique(group // self.n_classes):
-            first, last = np.searchsorted(group, [p * self.n_classes, (p + 1) * self.n_classes])
-            some, of = centred[first:last], group[first:last]
-            groups, firsts = np.unique(of, return_index=True)
-            made.append(
-                _Piece(
-                    part=int(p),
-                    rows=some,
-                    codes=of - p * self.n_classes,
-                    groups=groups,
-                    sums=_sums(some, firsts),
-                    squares=np.einsum("nd,nd->d", some, some, dtype=np.float64) if squares else 0.0,
-                    low=some.min(axis=0),
-                    high=some.max(axis=0),
-                )
-            )
-        return made
-
-
-def _sums(rows: NDArray[Any], firsts: NDArray[np.intp]) -> NDArray[np.float64]:
-    """Sums of the runs of rows that start at `firsts`."""
-    if len(rows) < LONG_RUNS * len(firsts):
-        return np.asarray(np.add.reduceat(rows, firsts, axis=0, dtype=np.float64))
-    return np.stack([run.sum(axis=0, dtype=np.float64) for run in np.split(rows, firsts[1:])])
+    for first in range(0, len(chunks), together):
+        for made in in_threads(prepare, chunks[first : first + together], products=False):
+            yield from made
 
 
 def _centre(X: NDArray[Any]) -> NDArray[np.float64]:

@@ -60,7 +60,7 @@ def _on_the_left(models: NDArray[Any], rows: NDArray[Any]) -> NDArray[Any]:
 def _few(models: NDArray[Any], rows: NDArray[Any]) -> int:
     """How many rows to hand over at a time; 0 for all at once."""
     M, (n, R) = len(models), rows.shape
-    few = min(SMALL // (M * R), n)
+    few = min(SMALL // max(M * R, 1), n)
     single = rows.dtype == np.float32 and rows.flags.c_contiguous
     return few if M <= MOST and few >= LEAST and single and _has_small_kernels() else 0
 

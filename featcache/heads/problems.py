@@ -68,7 +68,7 @@ class Problems:
 
     def solve(self, wanted: Sequence[tuple[int, float]], *, tol: float, max_iter: int) -> list[Solution]:
         """The solutions for these folds and strengths; what can, starts from one found before."""
-        group = max(GROUP_VALUES // (self.n_classes * self.n_features), 1)
+        group = max(GROUP_VALUES // max(self.n_classes * self.n_features, 1), 1)
         # A start that was put there has not been iterated upon.
         missing = [key for key in wanted if key not in self.solved or self.solved[key].n_iter < 0]
         for start in range(0, len(missing), group):

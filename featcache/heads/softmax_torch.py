@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featcache.heads.device import GramSum
+from featcache.heads.pieces import Cut, Piece
+from featcache.heads.pieces_torch import cut_rows_on
 from featcache.heads.softmax import Affine, Block, DataTerm, SoftmaxRows
 
 TILE_VALUES = 64_000_000  # logits at a time: 256 MB
@@ -38,6 +40,9 @@ class OnTorch:
     ) -> SoftmaxRows:
         return TorchSoftmaxRows(blocks, affine=affine, weights=weights, device=self.device)
 
+    def pieces(self, rows: NDArray[Any], group: NDArray[np.intp], cut: Cut) -> list[Piece]:
+        return cut_rows_on(self.device, rows, group, cut)
+
     def gram(self, n_parts: int, n_features: int) -> GramSum:
         return _GramSum(n_parts, n_features, self.device)
 
@@ -54,9 +59,8 @@ class _GramSum:
         self.device = device
         self.sums = torch.zeros((n_parts, n_features, n_features), dtype=torch.float64, device=device)
 
-    def add(self, part: int, rows: NDArray[Any]) -> None:
-        moved = torch.from_numpy(rows).to(self.device)
-        self.sums[part] += moved.T @ moved
+    def add(self, part: int, rows: Tensor) -> None:
+        self.sums[part] += rows.T @ rows
 
     def total(self) -> NDArray[np.float64]:
         total: NDArray[np.float64] = self.sums.cpu().numpy()
