@@ -148,7 +148,7 @@ class Embedding:
 
         def samples(decoder: Decoder) -> NDArray[np.uint8]:
             with decoding(decoder, isolate=self.isolate) as load:
-                return _some_pictures(plan, spec, load)
+                return some_pictures(plan, spec, load)
 
         if stores:
             ready = self.embedder.engine_for(stores[-1], output=self.files.output, samples=samples)
@@ -258,7 +258,7 @@ def _command() -> str:
     return shlex.join(["featcache" if name == "__main__.py" else name, *arguments])[:2000]
 
 
-def _some_pictures(plan: ReusePlan, spec: FeatureSpec, load: Load) -> NDArray[np.uint8]:
+def some_pictures(plan: ReusePlan, spec: FeatureSpec, load: Load) -> NDArray[np.uint8]:
     """(up to 4, S, S, 3) of those to embed, from all over the data set."""
     size, ids = spec.preprocessing.crop_size, plan.table.ids
     rows = plan.pending[:: max(1, len(plan.pending) // SAMPLES)][:SAMPLES].tolist()

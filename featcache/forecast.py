@@ -22,6 +22,7 @@ import numpy as np
 from featcache.disk import open_regular
 from featcache.embedder import ReadyEngine
 from featcache.embedding import BLOCK_ROWS
+from featcache.engines.lower_precision import LowerPrecision
 from featcache.images.decode import MAX_PIXELS, SCALED_KEEPS, LoadedPictures
 from featcache.images.identity import ImageFailure
 from featcache.images.opening import OpenImage, Refused
@@ -211,6 +212,7 @@ class Situation:
     device: str  # its kind in torch's words
     best_device: str
     precision: Precision
+    lower: LowerPrecision | None  # where it was tried
     asked_engine: str | None  # None where it was left to featcache
     other_engines: Sequence[str]
     lacks_onnx: bool
@@ -253,6 +255,12 @@ ADVICE = (
     Advice(
         lambda s: s.waits_for("forward") and s.device == "cuda" and s.precision == "float32",
         "--precision bfloat16: faster arithmetic, other features, another fingerprint",
+    ),
+    Advice(
+        lambda s: s.lower is not None and s.lower.pays,
+        "--precision {situation.lower.precision}: the network {situation.lower.times_as_fast:.1f} times as "
+        "fast on this processor; other features (lowest cosine {situation.lower.agreement.cosine:.6f} over "
+        "{situation.lower.agreement.images} images), another fingerprint",
     ),
     Advice(
         lambda s: s.waits_for("decoding") and s.decoder_is_free,

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,12 +80,27 @@ def decoding(decoder: Decoder, *, isolate: bool) -> Iterator[Load]:
 
 
 def load_in_time(load: Load, file: Path, pictures: Sequence[Picture]) -> LoadedPictures | ImageFailure:
-    """What `load` says, unless it takes longer than an image may: then its thread is left behind."""
-    said: list[LoadedPictures | ImageFailure] = []
-    thread = threading.Thread(target=lambda: said.append(load(file, pictures)), name="decode", daemon=True)
-    thread.start()
-    thread.join(IMAGE_SECONDS)
-    return said[0] if said else _too_slow()
+    """What `load` says or raises, unless it takes longer than an image may: its thread is left behind."""
+    said: Future[LoadedPictures | ImageFailure] = Future()
+
+    def decode() -> None:
+        try:
+            said.set_result(_load_in_memory(load, file, pictures))
+        except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+            said.set_exception(error)
+
+    threading.Thread(target=decode, name="decode", daemon=True).start()
+    done, _ = wait([said], IMAGE_SECONDS)
+    return said.result() if done else _too_slow()
+
+
+def _load_in_memory(load: Load, file: Path, pictures: Sequence[Picture]) -> LoadedPictures | ImageFailure:
+    """What `load` says; the failure of the image where there is not enough memory."""
+    try:
+        return load(file, pictures)
+    except MemoryError:
+        reason = "there is not enough memory to decode it"
+        return ImageFailure(status=RowStatus.TOO_LARGE, reason=reason, stat=NO_FILE)
 
 
 def embed_lanes(
@@ -280,11 +296,7 @@ class _Pass:
     def _decode(self, image: _Image, worker: _Worker) -> None:
         begun = time.perf_counter()
         pictures = _distinct(p for batch, _ in image.places for p in self._lanes[batch.lane].pictures)
-        try:
-            loaded = self._load(image.file, pictures)
-        except MemoryError:
-            reason = "there is not enough memory to decode it"
-            loaded = ImageFailure(status=RowStatus.TOO_LARGE, reason=reason, stat=NO_FILE)
+        loaded = _load_in_memory(self._load, image.file, pictures)
         self._stages.add(decoding=time.perf_counter() - begun)
         found = {} if isinstance(loaded, ImageFailure) else dict(zip(pictures, loaded.pixels, strict=True))
         with self._lock:

@@ -1,7 +1,7 @@
 """Images per second of embedding a folder of JPEGs on the CPU, side by side in one run.
 
     python scripts/bench_embed.py FOLDER [--networks efficientnet_lite0,resnet18] [--rounds 3] [--images N]
-        [--peer-python PEERS/bin/python]... [--engine fastest]
+        [--peer-python PEERS/bin/python]... [--engine fastest] [--precision float32,bfloat16]
     python scripts/bench_embed.py FOLDER --three [--rounds 3] [--engine auto]
 
 FOLDER has folders of classes with .jpg files, under train/ and val/ or not; they are copied to a scratch one.
@@ -16,6 +16,7 @@ EfficientNet-Lite0, seeded ones for the others. Loading networks is not in the t
   featcache  `featcache embed` into a new store: the pass itself, and the wall of the whole command
 
 The slower sides get fewer images of the same set. Lowest cosines are against the loop: PIL and float32.
+--precision: of featcache, each with a limit of its own, in the fastest form at that precision.
 --three: EfficientNet-Lite0, ResNet-18 and ResNet-50 in one pass against three runs, and what decoding costs.
 """
 
@@ -94,16 +95,28 @@ class Side:
 
 
 @dataclass
+class Own:
+    """featcache and its limit at one precision: the job of both, and what came of the limit's parts."""
+
+    precision: str
+    job: dict[str, Any]
+    engine: tuple[str, ...]  # and more options of the command
+    decoding: list[float] = field(default_factory=list)
+    forward: list[float] = field(default_factory=list)
+
+    def name(self, side: str) -> str:
+        return side if self.precision == "float32" else f"{side} {self.precision}"
+
+
+@dataclass
 class Bench:
     """One network on one machine: the job every side is handed, and what came of each."""
 
     network: Network
     job: dict[str, Any]
     scratch: Path
-    engine: tuple[str, ...]  # featcache's, and more options of the command
+    owns: list[Own]
     sides: dict[str, Side] = field(default_factory=dict)
-    decoding: list[float] = field(default_factory=list)
-    forward: list[float] = field(default_factory=list)
 
     def side(self, name: str) -> Side:
         vectors = self.scratch / f"{self.network.timm}-{len(self.sides)}.npz"
@@ -164,7 +177,11 @@ def prepare(network: Network, options: argparse.Namespace, scratch: Path) -> Ben
     job = {**asdict(network), "weights": str(scratch / "weights"), "scratch": str(scratch)}
     job |= turn("prepare", job, scratch=scratch)
     job |= {"folder": str(some), "all": str(folder), "batches": LOOP_BATCHES}
-    return Bench(network=network, job=job, scratch=scratch, engine=(options.engine,))
+    owns = [
+        Own(precision, {**job, "precision": precision}, (options.engine,))
+        for precision in options.precision.split(",")
+    ]
+    return Bench(network=network, job=job, scratch=scratch, owns=owns)
 
 
 def find_peers(pythons: Sequence[str], *, scratch: Path) -> dict[str, tuple[str, str]]:
@@ -182,16 +199,22 @@ def find_peers(pythons: Sequence[str], *, scratch: Path) -> dict[str, tuple[str,
 def look(bench: Bench) -> None:
     """Find the loop's number of workers, and the forms of decoding and forward pass that are the fastest."""
     bench.job["workers"] = turn("tune_loop", bench.job, scratch=bench.scratch)
-    rates = turn("limit", bench.job, scratch=bench.scratch)
     print(f"\n{bench.network.name}")
+    for own in bench.owns:
+        look_at_forms(own, scratch=bench.scratch)
+
+
+def look_at_forms(own: Own, *, scratch: Path) -> None:
+    rates = turn("limit", own.job, scratch=scratch)
     for name in ("decoding", "forward"):
         ranked = sorted(rates[name].items(), key=lambda item: -item[1])
-        bench.job[name] = [form for form, _ in ranked[:CLOSE]]
-        print(f"{name}, images/s: " + "; ".join(f"{form} {rate:.0f}" for form, rate in ranked), flush=True)
-    if bench.engine[0] == FASTEST:
+        own.job[name] = [form for form, _ in ranked[:CLOSE]]
+        said = "; ".join(f"{form} {rate:.0f}" for form, rate in ranked)
+        print(f"{own.name(name)}, images/s: {said}", flush=True)
+    if own.engine[0] == FASTEST:
         fastest = next(form for form, _ in ranked if " alone" not in form)
         name, _, batch = fastest.partition(", batch ")
-        bench.engine = (name, "--batch-size", batch)
+        own.engine = (name, "--batch-size", batch)
 
 
 def play_round(bench: Bench, peers: dict[str, tuple[str, str]], *, first: int) -> None:
@@ -200,7 +223,8 @@ def play_round(bench: Bench, peers: dict[str, tuple[str, str]], *, first: int) -
     for peer, (python, version) in peers.items():
         if peer != "img2vec_pytorch" or bench.network.img2vec:
             turns.append(partial(_take_peer, bench, peer, python, version))
-    turns += [partial(_take_limit, bench), partial(_take_featcache, bench)]
+    for own in bench.owns:
+        turns += [partial(_take_limit, bench, own), partial(_take_featcache, bench, own)]
     first %= len(turns)
     for take in turns[first:] + turns[:first]:
         take()
@@ -219,24 +243,24 @@ def _take_peer(bench: Bench, peer: str, python: str, version: str) -> None:
     side.speeds.append(said["images_per_second"])
 
 
-def _take_limit(bench: Bench) -> None:
-    rates = turn("limit", bench.job, scratch=bench.scratch)
+def _take_limit(bench: Bench, own: Own) -> None:
+    rates = turn("limit", own.job, scratch=bench.scratch)
     decoding, forward = (max(rates[name].values()) for name in ("decoding", "forward"))
-    bench.decoding.append(decoding)
-    bench.forward.append(forward)
-    bench.side("limit").speeds.append(1 / (1 / decoding + 1 / forward))
+    own.decoding.append(decoding)
+    own.forward.append(forward)
+    bench.side(own.name("limit")).speeds.append(1 / (1 / decoding + 1 / forward))
 
 
-def _take_featcache(bench: Bench) -> None:
-    side = bench.side("featcache")
+def _take_featcache(bench: Bench, own: Own) -> None:
+    side = bench.side(own.name("featcache"))
     store = bench.scratch / "bench.h5"
     store.unlink(missing_ok=True)
-    said, wall, peak = embed_alone(bench.job, store, engine=bench.engine, scratch=bench.scratch)
+    said, wall, peak = embed_alone(own.job, store, engine=own.engine, scratch=bench.scratch)
     side.speeds.append(said["images_per_second"])
     side.walls.append(wall)
     side.peaks.append(peak)
     job = {"store": str(store), "vectors": side.vectors}
-    bench.job |= turn("read_store", job, scratch=bench.scratch)
+    own.job |= turn("read_store", job, scratch=bench.scratch)
 
 
 def embed_alone(
@@ -245,29 +269,39 @@ def embed_alone(
     """The command as anyone gives it."""
     command = [sys.executable, "-m", "featcache", "embed", job["all"], "-o", str(store), "--json"]
     command += ["--backbone", job["name"], "--device", "cpu", "--engine", *engine]
+    command += ["--precision", job["precision"]]
     command += ["--weights", job["file"]] if job["file"] else []
     return run(command, scratch=scratch)
 
 
 def report(bench: Bench) -> None:
-    ours = bench.sides["featcache"]
-    counts = {"featcache": _count(bench.job["all"])}
+    ours = bench.sides[bench.owns[0].name("featcache")]
+    every = _count(bench.job["all"])
     print(f"\n| {bench.network.name} | images | images/s, median (range) | featcache × | lowest cosine |")
     print("|---|---:|---:|---:|---:|")
     for name, side in bench.sides.items():
-        count = "" if name == "limit" else str(counts.get(name, _count(bench.job["folder"])))
-        ratios = [mine / its for its, mine in zip(side.speeds, ours.speeds, strict=True)]
+        limited = next((own for own in bench.owns if own.name("limit") == name), None)
+        mine = bench.sides[limited.name("featcache")] if limited else ours
+        count = "" if limited else every if side.walls else _count(bench.job["folder"])
+        ratios = [own / its for its, own in zip(side.speeds, mine.speeds, strict=True)]
         ratio, cosine = "" if side is ours else spread(ratios), _cosine(bench, name)
         print(f"| {_label(bench, name)} | {count} | {spread(side.speeds)} | {ratio} | {cosine} |")
+    for own in bench.owns:
+        report_own(bench, own, images=every)
+
+
+def report_own(bench: Bench, own: Own, *, images: int) -> None:
+    side = bench.sides[own.name("featcache")]
     print()
-    for name, rates in (("decoding", bench.decoding), ("forward", bench.forward)):
-        print(f"limit: {name} {spread(rates)} images/s, the faster of {' and '.join(bench.job[name])}")
-    print(f"the whole command, started and ended: {spread(ours.walls)} s for {counts['featcache']} images")
-    peak = statistics.median(ours.peaks)
-    _, _, own = run(
-        [sys.executable, str(SIDES), "network_alone", json.dumps(bench.job)], scratch=bench.scratch
+    for name, rates in (("decoding", own.decoding), ("forward", own.forward)):
+        forms = " and ".join(own.job[name])
+        print(f"{own.name('limit')}: {name} {spread(rates)} images/s, the faster of {forms}")
+    print(f"the whole command, started and ended: {spread(side.walls)} s for {images} images")
+    peak = statistics.median(side.peaks)
+    _, _, alone = run(
+        [sys.executable, str(SIDES), "network_alone", json.dumps(own.job)], scratch=bench.scratch
     )
-    print(f"peak memory {peak / 1e6:,.0f} MB, of which the network in its engine alone {own / 1e6:,.0f} MB")
+    print(f"peak memory {peak / 1e6:,.0f} MB, of which the network in its engine alone {alone / 1e6:,.0f} MB")
     sys.stdout.flush()
 
 
@@ -276,8 +310,9 @@ def _count(folder: str) -> int:
 
 
 def _label(bench: Bench, name: str) -> str:
-    if name == "featcache":
-        return f"featcache, {bench.job['engine']}, batch {bench.job['batch_size']}"
+    for own in bench.owns:
+        if name == own.name("featcache"):
+            return f"{name}, {own.job['engine']}, batch {own.job['batch_size']}"
     if name.startswith("loop"):
         workers = bench.job["workers"][name.rpartition(" ")[2]]
         return f"{name}, {workers} worker{'s' if workers != 1 else ''}"
@@ -349,6 +384,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--images", type=int, help="of featcache, and of the others at most")
     parser.add_argument("--engine", default=FASTEST, help="of featcache: a name, auto, or fastest")
+    parser.add_argument("--precision", default="float32", help="of featcache: one or more, with commas")
     parser.add_argument("--peer-python", action="append", default=[])
     parser.add_argument("--three", action="store_true")
     options = parser.parse_args()

@@ -7,6 +7,7 @@ it knows, featcache's and ones without featcache: a limit must not depend on who
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import itertools
 import os
@@ -172,31 +173,33 @@ def _with_torch(pixels: Any, resize: int, crop: int, mode: str) -> Any:
 def _forward_forms(job: Job) -> Iterable[tuple[str, Callable[[float], float]]]:
     """(form, its images per second): every engine here as it is to be called, and the libraries alone.
 
-    Several calls of one thread at once, or one call that uses all processors.
+    Several calls of one thread at once, or one call that uses all processors. At a lower precision those that
+    compute in it.
     """
     from featcache.backbones import load_backbone
     from featcache.engines import DEFAULT_ENGINE, batch_sizes, other_engines
 
     backbone = load_backbone(job["name"], weights=job["file"])
-    for name in (DEFAULT_ENGINE, *other_engines()):
+    precision = job.get("precision", "float32")
+    for name in (DEFAULT_ENGINE, *other_engines(precision)):
         for batch in batch_sizes(name, "cpu"):
-            yield f"{name}, batch {batch}", partial(_engine_rate, backbone, name, batch)
+            yield f"{name}, batch {batch}", partial(_engine_rate, backbone, name, batch, precision)
     for calls, batch in itertools.product(sorted({1, CORES}), job["forward_batches"]):
         how = f"{calls} calls at once" if calls > 1 else "one call"
-        yield f"torch alone, {how}, batch {batch}", partial(_module_rate, backbone, batch, calls)
-        if find_spec("onnxruntime"):
+        yield f"torch alone, {how}, batch {batch}", partial(_module_rate, backbone, batch, calls, precision)
+        if precision == "float32" and find_spec("onnxruntime"):
             form = f"ONNX Runtime alone, {how}, batch {batch}"
             yield form, partial(_session_rate, backbone, batch, calls)
 
 
-def _engine_rate(backbone: Any, name: str, batch: int, seconds: float) -> float:
+def _engine_rate(backbone: Any, name: str, batch: int, precision: Any, seconds: float) -> float:
     import torch
 
     from featcache.engines import make_engine
     from featcache.engines.agreement import noise
 
     torch.set_num_threads(1)
-    engine = make_engine(backbone, device="cpu", batch_size=batch, engine=name)
+    engine = make_engine(backbone, device="cpu", precision=precision, batch_size=batch, engine=name)
     pixels = noise(batch, backbone.preprocessing.crop_size)
 
     def one() -> int:
@@ -207,12 +210,14 @@ def _engine_rate(backbone: Any, name: str, batch: int, seconds: float) -> float:
     return rate_of_calls(one, calls=engine.callers or CORES, seconds=seconds)
 
 
-def _module_rate(backbone: Any, batch: int, calls: int, seconds: float) -> float:
-    """Of the bare network, whose images are normalised already."""
+def _module_rate(backbone: Any, batch: int, calls: int, precision: str, seconds: float) -> float:
+    """Of the bare network, its weights cast as a whole, whose images are normalised already."""
     import torch
 
-    network = backbone.module.eval().to(memory_format=torch.channels_last)
-    images = torch.from_numpy(_normalised(batch, backbone)).to(memory_format=torch.channels_last)
+    dtype = getattr(torch, precision)
+    network = copy.deepcopy(backbone.module).eval().to(dtype=dtype, memory_format=torch.channels_last)
+    images = torch.from_numpy(_normalised(batch, backbone))
+    images = images.to(dtype=dtype, memory_format=torch.channels_last)
 
     def one() -> int:
         torch.set_num_threads(CORES // calls)

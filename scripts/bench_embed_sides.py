@@ -267,7 +267,8 @@ def network_alone(job: Job) -> Job:
     from featcache.engines.agreement import noise
 
     backbone = load_backbone(job["name"], weights=job["file"])
-    engine = make_engine(backbone, device="cpu", engine=job["engine"], batch_size=job["batch_size"])
+    how = {name: job[name] for name in ("engine", "batch_size", "precision")}
+    engine = make_engine(backbone, device="cpu", **how)
     engine.embed(noise(1, job["preprocessing"]["crop_size"]))
     return {}
 

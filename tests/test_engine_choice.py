@@ -78,7 +78,8 @@ def choose(
         ({"eager": 10, "b": 20, "c": 15}, "b"),
         ({"eager": 10, "b": 15, "c": 20}, "c"),
         ({"eager": 10, "b": 9, "c": 8}, "eager"),
-        ({"eager": 10, "b": 10.4}, "eager"),  # within what so short a timing can tell
+        ({"eager": 10, "b": 11.2}, "b"),
+        ({"eager": 10, "b": 10.9}, "eager"),  # within what so short a timing can tell
     ],
 )
 def test_the_fastest_is_taken(monkeypatch: pytest.MonkeyPatch, speeds: dict[str, float], best: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -22,16 +21,9 @@ from featcache.engines.agreement import LOWEST_COSINE, compare_engines
 from featcache.errors import DeviceError
 from featcache.spec import Preprocessing
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOY = "channel_mean:channel_mean"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Small images gain nothing from threads, and lose much where others use the machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def pixels(count: int, size: int = 8, seed: int = 0) -> np.ndarray:

@@ -21,7 +21,7 @@ from featcache.engines import make_engine
 from featcache.images.decode import LoadedPictures, load_pictures
 from featcache.images.identity import ImageFailure
 from featcache.lanes import EmbeddedBatch, EmbeddedImage, Lane, Stages
-from featcache.pipeline import Load, embed_files, embed_lanes
+from featcache.pipeline import Load, embed_files, embed_lanes, load_in_time
 from featcache.records import NO_FILE, RowStatus
 from featcache.spec import Picture, Preprocessing
 
@@ -303,6 +303,40 @@ def test_an_image_that_takes_too_long_costs_its_row_and_its_late_pixels_go_nowhe
         outcome.reason for batch in found[0] for outcome in batch.outcomes if hasattr(outcome, "reason")
     }
     assert reason == "took more than 0.3 s to read and decode"
+
+
+def load_one(special: Callable[[], object]) -> LoadedPictures | ImageFailure:
+    return load_in_time(Loader(special={5: special}), Path("5.png"), [PLAIN])
+
+
+def test_one_image_is_waited_for_as_long_as_it_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "IMAGE_SECONDS", 0.2)
+    found, released = load_one(lambda: None), threading.Event()
+    assert isinstance(found, LoadedPictures)
+    assert (found.pixels[0] == 5).all()
+    slow = load_one(lambda: released.wait(20))
+    released.set()
+    assert isinstance(slow, ImageFailure)
+    assert slow.status is RowStatus.TOO_SLOW
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("a bug"), TimeoutError("of its own"), SystemExit(2)])
+def test_what_loading_one_image_raises_is_not_taken_for_slowness(error: BaseException) -> None:
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        load_one(fail)
+    assert raised.value is error
+
+
+def test_memory_that_one_image_lacks_is_its_failure() -> None:
+    def lack() -> None:
+        raise MemoryError
+
+    found = load_one(lack)
+    assert isinstance(found, ImageFailure)
+    assert found.status is RowStatus.TOO_LARGE
 
 
 def test_images_are_not_slow_where_the_taker_or_the_whole_process_was(

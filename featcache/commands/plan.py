@@ -15,9 +15,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from featcache.embedder import Embedder, ReadyEngine
-from featcache.embedding import Embedding
-from featcache.engines import AUTO, device_kind, other_engines, require_engine
+from featcache.embedder import ReadyEngine
+from featcache.embedding import Embedding, some_pictures
+from featcache.engines import AUTO, device_kind, make_engine, other_engines
+from featcache.engines.agreement import probe_pixels
+from featcache.engines.lower_precision import LowerPrecision
+from featcache.errors import DeviceError
 from featcache.forecast import (
     Sample,
     Situation,
@@ -30,13 +33,12 @@ from featcache.forecast import (
 from featcache.images import scan_images
 from featcache.images.decode import Decoder
 from featcache.images.paths import show_path
-from featcache.origin import describe_origin
+from featcache.options import EmbedOptions
+from featcache.pipeline import decoding
 from featcache.processors import usable_processors
-from featcache.progress import Progress, SilentProgress
-from featcache.request import EmbedRequest, absolute_weights, require_sizes
+from featcache.progress import Progress
 from featcache.reuse import ReusePlan, plan_reuse
-from featcache.spec import PENULTIMATE, FeatureSpec, JpegScale, Precision, StoreDtype
-from featcache.store.files import StoreFiles
+from featcache.spec import FeatureSpec, JpegScale, Precision, StoreDtype
 from featcache.words import plural
 
 _STEPS = {
@@ -69,6 +71,7 @@ class PlanResult:
     memory_bytes: int | None = None
     network_bytes: int | None = None
     sample: Sample | None = None
+    lower_precision: LowerPrecision | None = None  # None where nothing was tried
     engine: str | None = None
     decoder: Decoder | None = None
     device: str | None = None
@@ -99,6 +102,7 @@ class PlanResult:
             "stages": {name: round(share, 4) for name, share in sample.stages.items()} if sample else {},
             "wall": sample and sample.wall,
             "advice": list(self.advice),
+            "lower_precision": self.lower_precision and self.lower_precision.to_json(),
             **{
                 name: getattr(self, name)
                 for name in (
@@ -142,19 +146,19 @@ def plan(
     data: str | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,
     *,
-    backbone: str = "resnet18",
+    backbone: str | None = None,
     weights: str | None = None,
-    seed: int = 0,
-    nodes: tuple[str, ...] = (PENULTIMATE,),
+    seed: int | None = None,
+    nodes: tuple[str, ...] | None = None,
     root: str | os.PathLike[str] | None = None,
     follow_links: bool = False,
     device: str = "auto",
-    precision: Precision = "float32",
-    store_dtype: StoreDtype = "float32",
+    precision: Precision | None = None,
+    store_dtype: StoreDtype | None = None,
     engine: str = AUTO,
     decoder: str = AUTO,
-    views: int = 1,
-    jpeg: JpegScale = "full",
+    views: int | None = None,
+    jpeg: JpegScale | None = None,
     batch_size: int | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
@@ -164,39 +168,35 @@ def plan(
     output: a store, there or not; rows that it has are not embedded again. The other arguments and what is
     raised are those of `embed`.
     """
-    workers = usable_processors() if workers is None else workers
-    require_sizes(workers=workers, batch_size=batch_size)
-    if engine != AUTO:
-        require_engine(engine)
-    request = EmbedRequest(
-        backbone=backbone,
-        weights=absolute_weights(weights),
+    options = EmbedOptions(
+        weights=weights,
         seed=seed,
-        nodes=tuple(nodes),
+        nodes=nodes,
+        views=views,
         precision=precision,
         store_dtype=store_dtype,
-        views=views,
         jpeg=jpeg,
-    )
-    data, root = Path(data), None if root is None else Path(root)
-    run = Embedding(
-        files=StoreFiles.at("STORE.h5" if output is None else output),
-        embedder=Embedder(
-            request, device=device, batch_size=batch_size, engine=engine, decoder=decoder, workers=workers
-        ),
-        data=describe_origin(data, root, follow_links=follow_links),
+        root=root,
+        follow_links=follow_links,
+        device=device,
+        engine=engine,
+        decoder=decoder,
+        batch_size=batch_size,
         workers=workers,
         max_failures=1.0,
-        progress=progress or SilentProgress(),
+        progress=progress,
     )
+    data = Path(data)
+    named = "STORE.h5" if output is None else output
+    run = options.run(backbone, data=data, output=named, anew=output is None)
     watch = _Watch()
-    listing = scan_images(data, root=root, follow_links=follow_links)
+    listing = scan_images(data, root=options.root_path, follow_links=follow_links)
     watch.lap("listing")
     stores = [] if output is None else run.files.open_all()
     spec, proof = run.embedder.settle_spec(stores, output=run.files.output)
     watch.lap("loading")
     known = [store for store in stores if store.fingerprint == spec.fingerprint()]
-    to_do = plan_reuse(listing, known, workers=workers)
+    to_do = plan_reuse(listing, known, workers=run.workers)
     watch.lap("comparing")
     result = PlanResult(
         rows=len(to_do.table.ids),
@@ -205,14 +205,14 @@ def plan(
         seconds=watch.seconds,
         disk_bytes=measure_store(to_do.table, spec, provenance=_provenance(run, None)),
         fingerprint=spec.fingerprint(),
-        workers=workers,
+        workers=run.workers,
         store=None if output is None else str(run.files.output),
         disk_free_bytes=None if output is None else _free_bytes(run.files.output),
         notes=(*listing.notes, *to_do.notes()),
     )
     if not len(to_do.pending):
         return replace(result, notes=(*result.notes, proof))
-    return _forecast(result, run, to_do, spec, watch, asked_engine=None if engine == AUTO else engine)
+    return _forecast(result, run, to_do, spec, watch, options=options)
 
 
 def _forecast(
@@ -222,7 +222,7 @@ def _forecast(
     spec: FeatureSpec,
     watch: _Watch,
     *,
-    asked_engine: str | None,
+    options: EmbedOptions,
 ) -> PlanResult:
     """With what a sample of the pending rows says."""
     watch.lap("comparing")
@@ -230,12 +230,16 @@ def _forecast(
     watch.lap("choosing")
     sample = take_sample(to_do, ready, workers=run.workers)
     seconds = {**watch.seconds, "embedding": sample.seconds_for(result.to_embed)}
+    memory = peak_memory(result.to_embed)  # before what a run does not do
+    lower = _try_lower_precision(run, to_do, ready, sample)
+    asked_engine = None if options.engine == AUTO else options.engine
     situation = Situation(
         sample=sample,
         seconds=seconds["embedding"],
         device=device_kind(ready.engine.device),
         best_device=_best_device(),
         precision=spec.compute_dtype,
+        lower=lower,
         asked_engine=asked_engine,
         other_engines=[name for name in other_engines(spec.compute_dtype) if name != asked_engine],
         lacks_onnx="onnx" not in other_engines("float32"),
@@ -248,9 +252,10 @@ def _forecast(
         result,
         seconds=seconds,
         disk_bytes=measure_store(to_do.table, spec, provenance=_provenance(run, ready)),
-        memory_bytes=peak_memory(result.to_embed),
+        memory_bytes=memory,
         network_bytes=ready.weights_bytes,
         sample=sample,
+        lower_precision=lower,
         engine=ready.engine.name,
         decoder=ready.decoder,
         device=ready.engine.device,
@@ -264,6 +269,32 @@ def _settle_engine(run: Embedding, to_do: ReusePlan, spec: FeatureSpec) -> Ready
     run.settle_engine(to_do, spec)
     ready = run.embedder.ready
     return ready if ready is not None else run.embedder.load()
+
+
+def _try_lower_precision(
+    run: Embedding, to_do: ReusePlan, ready: ReadyEngine, sample: Sample
+) -> LowerPrecision | None:
+    """The network in bfloat16 on pictures of the run, where a run in float32 waits for the processors."""
+    from featcache.engines.devices import has_bfloat16_instructions
+    from featcache.engines.lower_precision import LOWER, try_lower_precision
+
+    in_float32 = ready.spec.compute_dtype == "float32" and device_kind(ready.engine.device) == "cpu"
+    if not in_float32 or sample.wall != "forward" or not has_bfloat16_instructions():
+        return None
+    with decoding(ready.decoder, isolate=False) as load:
+        pictures = some_pictures(to_do, ready.spec, load)
+    pixels = probe_pixels(ready.spec.preprocessing.crop_size, lambda: pictures)
+    try:
+        engine = make_engine(
+            ready.backbone,
+            nodes=run.embedder.request.nodes,
+            device="cpu",
+            precision=LOWER,
+            batch_size=ready.batch_size,
+        )
+        return try_lower_precision(engine, ready.engine, pixels, threads=run.workers)
+    except (DeviceError, RuntimeError, TypeError):  # the network's own code may know float32 alone
+        return None
 
 
 def _provenance(run: Embedding, ready: ReadyEngine | None) -> Mapping[str, Any]:

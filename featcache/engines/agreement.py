@@ -20,6 +20,7 @@ LARGEST_DIFFERENCE = math.sqrt(1 - LOWEST_COSINE**2)
 
 _NOISE_IMAGES = 4
 
+Vectors = Mapping[str, NDArray[np.float64]]  # {node key: (B, D)}
 Samples = Callable[[], NDArray[np.uint8]]  # some images of the run, (any number, S, S, 3)
 
 
@@ -58,7 +59,7 @@ def _number(value: float) -> float | None:
 
 def compare_engines(engine: Engine, reference: Engine, pixels: NDArray[np.uint8]) -> Agreement:
     """`engine` against `reference` on images (B, S, S, 3), whatever the batch size of each."""
-    return _compare_all(_embed(engine, pixels), _embed(reference, pixels), images=len(pixels))
+    return compare_vectors(embed_pixels(engine, pixels), embed_pixels(reference, pixels), images=len(pixels))
 
 
 def require_agreement(
@@ -80,12 +81,11 @@ def require_agreement(
 
 def compare_pixels(engine: Engine, pixels: NDArray[np.uint8], reference: NDArray[np.uint8]) -> Agreement:
     """What `engine` makes of images (B, S, S, 3) against what it makes of nearly the same ones."""
-    return _compare_all(_embed(engine, pixels), _embed(engine, reference), images=len(pixels))
+    return compare_vectors(embed_pixels(engine, pixels), embed_pixels(engine, reference), images=len(pixels))
 
 
-def _compare_all(
-    found: Mapping[str, NDArray[np.float64]], expected: Mapping[str, NDArray[np.float64]], *, images: int
-) -> Agreement:
+def compare_vectors(found: Vectors, expected: Vectors, *, images: int) -> Agreement:
+    """What came of an engine against what the reference has for the same images."""
     pairs = [_compare(found[key], expected[key]) for key in expected]
     return Agreement(
         images=images,
@@ -105,7 +105,8 @@ def noise(count: int, size: int) -> NDArray[np.uint8]:
     return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
 
 
-def _embed(engine: Engine, pixels: NDArray[np.uint8]) -> Mapping[str, NDArray[np.float64]]:
+def embed_pixels(engine: Engine, pixels: NDArray[np.uint8]) -> Vectors:
+    """The vectors of images (B, S, S, 3), whatever the engine's batch size."""
     step = engine.batch_size
     parts = [engine.embed(pixels[i : i + step]) for i in range(0, len(pixels), step)]
     return {

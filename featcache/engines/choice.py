@@ -33,7 +33,7 @@ COMPARED = 16  # images that go through an engine and the one it is compared wit
 
 # Another engine must be so much faster to take the place of the eager one: the timing is short, and the next
 # run is to choose the same.
-FASTER = 1.2
+FASTER = 1.1
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def measure_speeds(engines: Mapping[Candidate, Engine], *, size: int, threads: i
     """Images per second of engines that take turns, each called from as many threads as in a run."""
     best = dict.fromkeys(engines, 0.0)
     most = max(engine.callers or threads for engine in engines.values())
-    with _calling_threads(most) as pool:
+    with calling_threads(most) as pool:
         turns = {
             candidate: _Turn(engine, pool, size=size, threads=threads)
             for candidate, engine in engines.items()
@@ -209,7 +209,8 @@ def measure_speeds(engines: Mapping[Candidate, Engine], *, size: int, threads: i
 
 
 @contextmanager
-def _calling_threads(count: int) -> Iterator[ThreadPoolExecutor]:
+def calling_threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads to call an engine from, as those of a run do: each runs torch's operations alone."""
     from featcache.engines.replicas import one_thread_of_torch, threads_of_torch_kept
 
     with threads_of_torch_kept(), ThreadPoolExecutor(count, initializer=one_thread_of_torch) as pool:

@@ -8,6 +8,9 @@ import torch
 
 from featcache.errors import DeviceError
 
+# In the words of `torch.cpu.get_capabilities`; the last is ARM's.
+_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
+
 
 def find_device(asked: str) -> torch.device:
     """The device in torch's words, or the best there is for "auto"; `DeviceError` where it is absent."""
@@ -38,6 +41,17 @@ def _devices() -> tuple[str, ...]:
     """The kinds of device that can be used now, the fastest first."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     return tuple(kind for kind, available in there.items() if available)
+
+
+def has_bfloat16_instructions() -> bool:
+    """Whether the processors compute in bfloat16, as far as torch knows, and torch has what uses that."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    capabilities = getattr(torch.cpu, "get_capabilities", None)
+    if capabilities is not None:
+        return any(capabilities().get(name) for name in _BFLOAT16)
+    asked = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # earlier versions, of x86 alone
+    return asked is not None and bool(asked())
 
 
 def device_words(device: torch.device) -> str:
