@@ -25,7 +25,12 @@ A caller's mistake in Python (a wrong type, a value out of range) stays `TypeErr
 
 
 class FeatcacheError(Exception):
-    """A failure the user can act on: says what was met, what was expected and what to do next."""
+    """A failure the user can act on: says what was met, what was expected and what to do next.
+
+    told_elsewhere: by another process that works at the same and has it as well, so that it is said once.
+    """
+
+    told_elsewhere = False
 
 
 class DataError(FeatcacheError):

@@ -110,6 +110,21 @@ class Model:
         """What was asked for when the store was made: the backbone's name, its weights, its seed."""
         return self._recorded("request", texts=("backbone",))
 
+    @property
+    def tunings(self) -> tuple[Mapping[str, Any], ...]:
+        """What each fine-tuning recorded of itself, the first one first."""
+        before, last = self.provenance.get("tuned_before"), self.provenance.get("tuned")
+        found = [*(before if isinstance(before, list) else ()), last]
+        return tuple(one for one in found if isinstance(one, Mapping))
+
+    @property
+    def first_weights(self) -> Mapping[str, Any]:
+        """Those the first fine-tuning began with; without any, and where it does not say, `weights`."""
+        began = self.tunings[0].get("weights") if self.tunings else None
+        if isinstance(began, Mapping) and all(isinstance(began.get(key), str) for key in ("source", "label")):
+            return began
+        return self.weights
+
     def _recorded(self, name: str, *, texts: tuple[str, ...]) -> Mapping[str, Any]:
         found = self.provenance.get(name)
         if not isinstance(found, Mapping) or not all(isinstance(found.get(text), str) for text in texts):

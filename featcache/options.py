@@ -4,37 +4,48 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from featcache.backbones.weights import RANDOM
 from featcache.embedder import Embedder
 from featcache.embedding import Embedding
 from featcache.engines import AUTO, require_engine
+from featcache.errors import FeatcacheError
+from featcache.images.paths import show_path
 from featcache.origin import describe_origin
 from featcache.processors import usable_processors
 from featcache.progress import Progress, SilentProgress
-from featcache.request import EmbedRequest, absolute_weights, require_sizes
+from featcache.request import (
+    DEFAULT_REQUEST,
+    EmbedRequest,
+    RecordedBackbone,
+    absolute_weights,
+    require_sizes,
+)
 from featcache.sharding import Shard, processors_of_rank
-from featcache.spec import PENULTIMATE, JpegScale, Precision, StoreDtype
+from featcache.spec import JpegScale, Precision, StoreDtype
 from featcache.store.files import StoreFiles
+from featcache.store.reader import FeatureStore
+from featcache.words import shell_command
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedOptions:
     """The options of `featcache.embed`, which says what each is, with the same defaults.
 
+    Of what determines the features, None is what the store has that goes on, and in a new one the default.
     ValueError or TypeError for what there cannot be, DeviceError for an engine that is not here.
     """
 
     # What determines the features
     weights: str | None = None
-    seed: int = 0
-    nodes: Sequence[str] = (PENULTIMATE,)
-    views: int = 1
-    precision: Precision = "float32"
-    store_dtype: StoreDtype = "float32"
-    jpeg: JpegScale = "full"
+    seed: int | None = None
+    nodes: Sequence[str] | None = None
+    views: int | None = None
+    precision: Precision | None = None
+    store_dtype: StoreDtype | None = None
+    jpeg: JpegScale | None = None
     # Where the images are
     root: str | os.PathLike[str] | None = None
     follow_links: bool = False
@@ -74,22 +85,36 @@ class EmbedOptions:
     def root_path(self) -> Path | None:
         return None if self.root is None else Path(self.root)
 
-    def request(self, backbone: str) -> EmbedRequest:
-        return EmbedRequest(
-            backbone=backbone,
-            weights=absolute_weights(self.weights),
-            seed=self.seed,
-            nodes=tuple(self.nodes),
-            precision=self.precision,
-            store_dtype=self.store_dtype,
-            views=self.views,
-            jpeg=self.jpeg,
-        )
+    def request(self, backbone: str | None, files: StoreFiles | None) -> EmbedRequest:
+        """What is named, and for the rest what the store of these files, if any, was made with.
 
-    def run(self, backbone: str, *, data: Path, output: str | os.PathLike[str]) -> Embedding:
-        """The run that brings the store `output` up to date with the images of `data`."""
+        Where that has another backbone than the one that is named, and where there is no store, the rest is
+        the default. StoreError: the store's own backbone is code, which has to be named.
+        """
+        asked = {
+            "backbone": backbone,
+            "weights": absolute_weights(self.weights),
+            "nodes": None if self.nodes is None else tuple(self.nodes),
+            **{name: getattr(self, name) for name in ("seed", "views", "precision", "store_dtype", "jpeg")},
+        }
+        named = {name: value for name, value in asked.items() if value is not None}
+        own = None if files is None else _recorded_request(files, backbone)
+        request = replace(own or DEFAULT_REQUEST, **named)
+        if files and self.progress and request == own != replace(DEFAULT_REQUEST, **named):
+            words = shell_command(request.spell())
+            self.progress.note(f"{show_path(files.output)} goes on as it was made: {words}")
+        return request
+
+    def run(
+        self, backbone: str | None, *, data: Path, output: str | os.PathLike[str], anew: bool = False
+    ) -> Embedding:
+        """The run that brings the store `output` up to date with the images of `data`.
+
+        anew: as if there were no store.
+        """
+        files = StoreFiles.at(output)
         embedder = Embedder(
-            self.request(backbone),
+            self.request(backbone, None if anew else files),
             device=self.device,
             batch_size=self.batch_size,
             engine=self.engine,
@@ -97,7 +122,7 @@ class EmbedOptions:
             workers=self.threads,
         )
         return Embedding(
-            files=StoreFiles.at(output),
+            files=files,
             embedder=embedder,
             data=describe_origin(data, self.root_path, follow_links=self.follow_links),
             workers=self.threads,
@@ -106,3 +131,21 @@ class EmbedOptions:
             max_failures=self.max_failures,
             progress=self.progress or SilentProgress(),
         )
+
+
+def _recorded_request(files: StoreFiles, backbone: str | None) -> EmbedRequest | None:
+    """What the store, or where there is none its newest growth, was made with.
+
+    None where that cannot be told, or is another backbone than the one that is named.
+    """
+    for path in (files.output, *reversed(files.growths)):
+        try:
+            store = FeatureStore.salvage(path)
+            recorded = EmbedRequest.of_store(store)
+        except (FeatcacheError, OSError):
+            continue  # whoever opens it to go on says what is wrong with it
+        if backbone not in (None, recorded.backbone):
+            return None
+        RecordedBackbone.of_store(store).require_permission(backbone)
+        return recorded
+    return None

@@ -6,7 +6,9 @@ Knows stores and models by their first bytes, and what a writer makes by its fir
 from __future__ import annotations
 
 import fcntl
+import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +19,8 @@ from featcache.images.paths import show_path
 from featcache.model import begins_as_model
 from featcache.store.files import begins_as_store
 
+_BEGINNING = 4096  # bytes
+
 
 def require_replaceable(path: Path, *, option: str, needed: Mapping[str, Path | None]) -> None:
     """Refuse a `path` where something would be lost, or that lies in no folder.
@@ -24,14 +28,77 @@ def require_replaceable(path: Path, *, option: str, needed: Mapping[str, Path | 
     option: which the user would choose another of. needed: {what it is, in words: file} of what the work
     reads. StoreError, ModelError, DataError: what would be replaced. DiskError: there is no folder.
     """
-    end = f"which would be replaced. Choose another {option}."
+    _require_not_needed(path, option=option, needed=needed)
+    _require_no_store(path, option=option)
+    if begins_as_model(path):
+        raise ModelError(
+            f"{show_path(path)} is a model of featcache's, which would be replaced. Choose another {option}."
+        )
+    _require_place(path, option=option)
+
+
+def require_model(path: Path, *, option: str, needed: Mapping[str, Path | None]) -> None:
+    """Refuse a `path` for a model where anything but a model is, or beside it anything but its report.
+
+    What is raised is as for `require_replaceable`.
+    """
+    _require_not_needed(path, option=option, needed=needed)
+    report = path.with_name(f"{path.name}.json")
+    for file, is_ours, what in ((path, begins_as_model, "model"), (report, _is_report, "report")):
+        _require_no_store(file, option=option)
+        _require_place(file, option=option)
+        if _has_content(file) and not is_ours(file):
+            raise _taken(file, f"no {what} of featcache's", option=option)
+
+
+def require_csv(path: Path, header: str, *, option: str, needed: Mapping[str, Path | None]) -> None:
+    """As `require_replaceable`, for a CSV: of files that are there, only one with this header is replaced.
+
+    header: the line that a file to be written begins with. One that the user made is worth keeping.
+    """
+    require_replaceable(path, option=option, needed=needed)
+    if _has_content(path) and not _begins_with(path, header.encode()):
+        raise _taken(path, f"no CSV of featcache's, which begins with {header.rstrip()}", option=option)
+
+
+def require_beginning(path: Path, beginning: bytes, *, option: str) -> None:
+    """DataError where a file that is there, and not empty, begins otherwise than what is to replace it."""
+    if _has_content(path) and not _begins_with(path, beginning):
+        raise _taken(path, f"no {path.suffix} file, whatever its name", option=option)
+
+
+def require_exported(path: Path, card: Path, *, sign: str, option: str) -> None:
+    """DataError where a file that is there has no card beside it, or where no card is what the card replaces.
+
+    sign: words near the beginning of every card.
+    """
+    there = next((file for file in (path, card) if _has_content(file)), None)
+    if there is not None and not _mentions(card, sign.encode()):
+        raise _taken(there, f"no export of featcache's with its card {show_path(card)}", option=option)
+
+
+def _taken(path: Path, what: str, *, option: str) -> DataError:
+    return DataError(
+        f"{show_path(path)} is there already and is {what}: it would be replaced. Choose another {option}."
+    )
+
+
+def _require_not_needed(path: Path, *, option: str, needed: Mapping[str, Path | None]) -> None:
     for what, file in needed.items():
         if file is not None and path.exists() and file.exists() and path.samefile(file):
-            raise DataError(f"{show_path(path)} is {what}, {end}")
+            raise DataError(f"{show_path(path)} is {what}, which would be replaced. Choose another {option}.")
+
+
+def _require_no_store(path: Path, *, option: str) -> None:
     if begins_as_store(path):
-        raise StoreError(f"{show_path(path)} is a feature store, {end}")
-    if begins_as_model(path):
-        raise ModelError(f"{show_path(path)} is a model of featcache's, {end}")
+        raise StoreError(
+            f"{show_path(path)} is a feature store, which would be replaced. Choose another {option}."
+        )
+
+
+def _require_place(path: Path, *, option: str) -> None:
+    if path.is_dir():
+        raise DiskError(f"{show_path(path)} is a folder. Name a file in it as {option}.")
     if not path.parent.is_dir():
         raise DiskError(
             f"{show_path(path)} cannot be written: there is no folder {show_path(path.parent)}. "
@@ -39,33 +106,39 @@ def require_replaceable(path: Path, *, option: str, needed: Mapping[str, Path | 
         )
 
 
-def require_csv(path: Path, *, option: str, needed: Mapping[str, Path | None]) -> None:
-    """As `require_replaceable`, for a CSV: of files that are there, only one of that name is replaced.
-
-    A photograph or a report that is named by mistake begins as anything, and a CSV as anything too.
-    """
-    require_replaceable(path, option=option, needed=needed)
-    if path.is_dir():
-        raise DiskError(f"{show_path(path)} is a folder. Name a file in it as {option}.")
-    if path.exists() and path.suffix.lower() != ".csv":
-        raise DataError(
-            f"{show_path(path)} is there already and is no .csv file: it would be replaced. Choose another "
-            f"{option}."
-        )
+def _has_content(path: Path) -> bool:
+    """Whether something is there that is no empty file: a pipe or a device is no place for a file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return False  # nothing is there, or writing will say what is wrong with it
+    return found.st_size > 0 or not stat.S_ISREG(found.st_mode)
 
 
-def require_beginning(path: Path, beginning: bytes, *, option: str) -> None:
-    """DataError where a file that is there, and not empty, begins otherwise than what is to replace it."""
+def _begins_with(path: Path, beginning: bytes) -> bool:
     try:
         with open_regular(path) as file:
-            found = file.read(len(beginning))
+            return file.read(len(beginning)) == beginning
     except OSError:
-        return  # nothing is there, or writing will say what is wrong with it
-    if found not in (b"", beginning):
-        raise DataError(
-            f"{show_path(path)} is there already and is no {path.suffix} file, whatever its name: it would "
-            f"be replaced. Choose another {option}."
-        )
+        return False
+
+
+def _mentions(path: Path, words: bytes) -> bool:
+    try:
+        with open_regular(path) as file:
+            return words in file.read(_BEGINNING)
+    except OSError:
+        return False
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a file is the report of `fit` or `finetune`, by the entries that both have."""
+    try:
+        with open_regular(path) as file:
+            found = json.loads(file.read())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and {"n_train", "scored_on", "notes"} <= found.keys()
 
 
 @contextmanager

@@ -12,8 +12,9 @@ from featcache.backbones.weights import RANDOM
 from featcache.engines import MAX_BATCH_SIZE
 from featcache.errors import BackboneError, FeatcacheError, StoreError
 from featcache.images.decode import Decoder
-from featcache.spec import FeatureSpec, JpegScale, Precision, StoreDtype
+from featcache.spec import PENULTIMATE, FeatureSpec, JpegScale, Precision, StoreDtype
 from featcache.store.reader import FeatureStore
+from featcache.words import spell_options
 
 SEEDS = 1 << 63  # from 0 on: what torch draws by, and a store can record
 
@@ -62,11 +63,33 @@ class EmbedRequest:
         except ValueError as exc:
             raise StoreError(f"{store.path} holds what no request makes: {exc}. Make it anew.") from exc
 
+    def spell(self) -> tuple[str, ...]:
+        """The options of `featcache embed` that ask for this: the backbone, and what a new store has not."""
+        said = {
+            "--" + name.replace("_", "-"): (getattr(self, name), getattr(DEFAULT_REQUEST, name))
+            for name in ("weights", "seed", "views", "precision", "store_dtype")
+        }
+        plain = self.nodes == DEFAULT_REQUEST.nodes
+        nodes = () if plain else tuple(word for node in self.nodes for word in ("--node", node))
+        scaled = ("--jpeg-scaled",) if self.jpeg == "scaled" else ()
+        return "--backbone", self.backbone, *nodes, *spell_options(said), *scaled
+
     def as_json(self) -> dict[str, Any]:
         """Without what has no effect, as stores recorded it before there was such a thing."""
         raw = {**asdict(self), "nodes": list(self.nodes)}
         unused = [name for name, default in (("views", 1), ("jpeg", "full")) if raw[name] == default]
         return {name: value for name, value in raw.items() if name not in unused}
+
+
+# What is asked for where nothing is named and there is no store to go on with.
+DEFAULT_REQUEST = EmbedRequest(
+    backbone="resnet18",
+    weights=None,
+    seed=0,
+    nodes=(PENULTIMATE,),
+    precision="float32",
+    store_dtype="float32",
+)
 
 
 def require_sizes(*, workers: int, batch_size: int | None) -> None:

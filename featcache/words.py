@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
 def plural(count: int, one: str, many: str | None = None) -> str:
@@ -21,6 +22,12 @@ def name_some(names: Sequence[str], *, limit: int = 5) -> str:
     """`a, b, c, d, e and 12 more`: the first few names, each by `show_text`."""
     said = ", ".join(show_text(name) for name in names[:limit])
     return said if len(names) <= limit else f"{said} and {len(names) - limit:,} more"
+
+
+def spell_options(asked: Mapping[str, tuple[Any, Any]]) -> tuple[str, ...]:
+    """The words of a command for options, as value and default, that differ from their default."""
+    differ = ((option, value) for option, (value, default) in asked.items() if value != default)
+    return tuple(word for option, value in differ for word in (option, str(value)))
 
 
 def shell_command(words: Iterable[str | os.PathLike[str]]) -> str:

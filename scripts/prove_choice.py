@@ -18,7 +18,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from featcache.fitting import choose_rows, fit_features
+from featcache.fitting import Wishes, choose_rows, fit_features
 from featcache.store.reader import FeatureStore
 
 
@@ -46,7 +46,7 @@ def main() -> None:
         best = max(best, accuracy)
         took = time.perf_counter() - begun
         print(f"scikit-learn C = {C:<9.4g} accuracy {accuracy:.4f}  {took:6.1f} s", flush=True)
-    result, _ = fit_features(features, budget=options.budget, curve=False)
+    result, _ = fit_features(features, Wishes(budget=options.budget, curve=False))
     said = f"{result.head} {dict(result.params)}, {result.seconds:.1f} s"
     print(
         f"featcache    {said}\n             accuracy {result.metrics.accuracy:.4f}; best single C {best:.4f}"

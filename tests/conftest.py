@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from gaussians import PROVENANCE
 from PIL import Image
 
-from featcache import pipeline
+from featcache import embedding, pipeline
 from featcache.images.decode import Decoder, load_pictures
 from featcache.records import NO_FILE, ImageRecord, RowStatus
 from featcache.spec import FeatureNode, FeatureSpec, Picture, Preprocessing
@@ -107,3 +108,37 @@ def save_image() -> Callable[..., Path]:
         return path
 
     return save
+
+
+@pytest.fixture
+def save_images(tmp_path: Path, save_image: Callable[..., Path]) -> Callable[..., Path]:
+    """save_images(n, name_of, folder="photos", seed=0, size=(w, h)): n pictures in a folder, which it gives.
+
+    name_of: from the number of a picture to its path in the folder.
+    """
+
+    def save(
+        n: int, name_of: Callable[[int], str], *, folder: str = "photos", seed: int = 0, **how: Any
+    ) -> Path:
+        for i in range(n):
+            save_image(tmp_path / folder / name_of(i), seed=seed + i, **how)
+        return tmp_path / folder
+
+    return save
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stores that are embedded have blocks of 8 rows."""
+    monkeypatch.setattr(embedding, "BLOCK_ROWS", 8)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Torch computes in one thread: small images gain nothing from more, and a run adds up in one order."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

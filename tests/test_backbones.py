@@ -24,6 +24,7 @@ from featcache import versions
 from featcache.backbones import (
     FAMILIES,
     Backbone,
+    Family,
     bundled,
     list_backbones,
     load_backbone,
@@ -31,6 +32,7 @@ from featcache.backbones import (
     make_backbone,
     prove_weights,
     torchvision,
+    torchvision_rows,
 )
 from featcache.backbones.weights import file_sha256, hub_checkpoints
 from featcache.cli import main
@@ -79,7 +81,7 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("name", torchvision.names())
 def test_every_torchvision_network_has_the_classifier_and_width_of_its_row(name: str) -> None:
-    row = next((row for row in torchvision.ROWS if name in row.num_features), None)
+    row = next((row for row in torchvision_rows.ROWS if name in row.num_features), None)
     assert row is not None
     entry = models.get_model_weights(name).DEFAULT
     with OnMeta():
@@ -143,7 +145,7 @@ def test_the_list_names_every_backbone_once_with_its_width(offline: Path) -> Non
 
 def test_a_network_newer_than_the_rows_is_built_by_the_general_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     known = load_backbone(SMALL, weights="random")
-    monkeypatch.setattr(torchvision, "_ROW_OF", {})
+    monkeypatch.setattr(torchvision, "ROW_OF", {})
     assert torchvision.owns(SMALL)
     assert load_backbone(SMALL, weights="random").weights.sha256 == known.weights.sha256
 
@@ -335,7 +337,7 @@ def test_old_names_of_vision_transformers_become_todays() -> None:
         k.replace(".mlp.0.", ".mlp.linear_1.").replace(".mlp.3.", ".mlp.linear_2."): v
         for k, v in today.items()
     }
-    row = next(row for row in torchvision.ROWS if "vit_b_32" in row.num_features)
+    row = next(row for row in torchvision_rows.ROWS if "vit_b_32" in row.num_features)
     assert set(old) != set(today)
     assert set(torchvision.renamed(old, row.renames)) == set(today)
 
@@ -507,6 +509,13 @@ def test_the_guide_quotes_the_file_as_it_is() -> None:
     guide = (root / "docs" / "adding-a-backbone.md").read_text()
     quoted = guide.partition("```python\n")[2].partition("```")[0]
     assert quoted == (root / "tests" / "channel_mean.py").read_text()
+
+
+def test_the_guide_has_every_function_of_a_family() -> None:
+    guide = (Path(__file__).parents[1] / "docs" / "adding-a-backbone.md").read_text()
+    table = guide.partition("## A file: a new family")[2].partition("\n## ")[0]
+    told = set(re.findall(r"^\| `(\w+)", table, re.MULTILINE))
+    assert told == {name for name in vars(Family) if not name.startswith("_")}
 
 
 def test_weights_of_a_network_that_asks_for_its_version_are_read(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from featcache.backbones import Backbone, bundled, load_backbone, make_backbone, torchvision
+from featcache.backbones import Backbone, bundled, load_backbone, make_backbone, torchvision_rows
 from featcache.backbones.nodes import list_nodes, make_extractor
 from featcache.errors import BackboneError, UnknownNode
 from featcache.spec import PENULTIMATE, FeatureNode, Preprocessing
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = Preprocessing(resize_size=8, crop_size=8)
 
@@ -40,18 +41,9 @@ MEMBERS = {
 }
 
 LISTED = {
-    **{name: width for row in torchvision.ROWS for name, width in row.num_features.items()},
+    **{name: width for row in torchvision_rows.ROWS for name, width in row.num_features.items()},
     **{name: row.num_features for name, row in bundled.ROWS.items()},
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Small images gain nothing from threads, and lose much where others use the machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Tokens(nn.Module):

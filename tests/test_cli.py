@@ -111,7 +111,7 @@ def test_the_version_is_that_of_the_package() -> None:
         ["explain", "s.h5", "t.h5", "--backbone", "resnet18"],
         ["explain", "s.h5", "t.h5", "--seed", "0"],
         ["predict", "s.model"],
-        ["predict", "s.model", "a.png", "--json", "--csv"],
+        ["predict", "s.model", "a.png", "--json", "--csv", "-"],
         ["predict", "s.model", "a.png", "--top-k", "0"],
     ],
 )
@@ -173,7 +173,7 @@ def test_the_whole_way_gives_one_json_document_a_command(photos: Path, tmp_path:
     assert json.loads((tmp_path / "p.model.json").read_text()) == parsed(fitted)
     predicted = run("predict", model, photos, "--backbone", TOY, "--json")
     assert (predicted.exit_code, len(parsed(predicted))) == (0, 8)
-    as_csv = run("predict", model, photos, "--backbone", TOY, "--csv", "-q")
+    as_csv = run("predict", model, photos, "--backbone", TOY, "--csv", "-", "-q")
     assert (as_csv.exit_code, len(as_csv.stdout.splitlines())) == (0, 9)
 
 

@@ -19,6 +19,7 @@ from featcache.commands.compare import CompareResult, compare
 from featcache.commands.fit import fit
 from featcache.errors import HeadError, StoreError
 from featcache.evaluate.comparison import Difference, Pair, take_cheapest
+from featcache.fitting.wishes import Wishes
 from featcache.joining import join_rows
 from featcache.records import NO_FILE, ImageRecord, RowStatus
 from featcache.spec import FeatureNode
@@ -151,7 +152,7 @@ def test_an_unknown_head_is_refused_before_any_is_fitted(
     monkeypatch.setattr(module, "fit_features", lambda *_, **__: pytest.fail("a head was fitted"))
     with pytest.raises(HeadError, match="Did you mean ridge"):
         run(save("a", good), heads=("ncm", "ridg"))
-    for name, words in (("KNeighborsClassifier", "may not contain"), ("SVCC", "Did you mean SVC")):
+    for name, words in (("GaussianProcessClassifier", "may not contain"), ("SVCC", "Did you mean SVC")):
         with pytest.raises(HeadError, match=words):
             run(save("a", good), heads=("ncm", f"sklearn:{name}"))
 
@@ -438,9 +439,10 @@ def test_the_automatic_head_is_named_by_what_it_chose(
     seen: list[Any] = []
     real = module.fit_features
 
-    def watch(features: FeatureSet, **options: Any) -> Any:
-        seen.append(options["head"])
-        return real(features, **{**options, "head": "ncm" if options["head"] == "auto" else options["head"]})
+    def watch(features: FeatureSet, wishes: Wishes, **options: Any) -> Any:
+        seen.append(wishes.head)
+        quick = replace(wishes, head="ncm") if wishes.head == "auto" else wishes
+        return real(features, quick, **options)
 
     monkeypatch.setattr(module, "fit_features", watch)
     result = compare([save("a", small)], heads=("auto", "knn"))

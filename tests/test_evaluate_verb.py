@@ -24,7 +24,7 @@ from featcache.commands.embed import embed
 from featcache.commands.evaluate import EvaluateResult, evaluate_model
 from featcache.commands.fit import fit
 from featcache.errors import DataError, DiskError, ModelError, SpecMismatch, StoreError
-from featcache.fitting import FitResult, fit_features
+from featcache.fitting import FitResult, Wishes, fit_features
 from featcache.model import Model
 from featcache.store.features import FeatureSet
 from featcache.store.reader import FeatureStore
@@ -185,7 +185,7 @@ def relabelled(features: FeatureSet, *, renamed: dict[str, str]) -> FeatureSet:
 def clouds(tmp_path: Path) -> tuple[FeatureSet, Path]:
     """Features of three classes, two of them near one another, and a model fitted on them."""
     features = gaussian_features(gap=1.5)
-    _, model = fit_features(features, head="ncm")
+    _, model = fit_features(features, Wishes(head="ncm"))
     model.save(tmp_path / "m.model")
     return features, tmp_path / "m.model"
 
@@ -322,18 +322,21 @@ def test_a_csv_replaces_no_store_and_no_model(work: Work, tmp_path: Path) -> Non
         evaluate_model(model, store, csv_file=tmp_path / "none" / "rows.csv")
 
 
-def test_a_csv_replaces_no_file_of_another_name(work: Work, tmp_path: Path) -> None:
+def test_a_csv_replaces_only_a_table_of_before(work: Work, tmp_path: Path) -> None:
     photo = paint(tmp_path / "a.png", channel=0, seed=1)
     (tmp_path / "m.model.json").write_text("{}")
-    for taken in (photo, tmp_path / "m.model.json"):
+    (tmp_path / "labels.csv").write_text("path,label\na.png,red\n")
+    for taken in (photo, tmp_path / "m.model.json", tmp_path / "labels.csv"):
         before = taken.read_bytes()
-        with pytest.raises(DataError, match=r"is there already and is no \.csv file: it would be replaced"):
+        with pytest.raises(
+            DataError, match=r"is no CSV of featcache's, which begins with path,label,predicted.*be replaced"
+        ):
             ask(work, work.store, csv_file=taken)
         assert taken.read_bytes() == before
     with pytest.raises(DiskError, match=r"is a folder. Name a file in it as --csv"):
         ask(work, work.store, csv_file=tmp_path)
     for name in ("rows.CSV", "rows.txt"):  # one that is there, and one that is not
-        (tmp_path / "rows.CSV").write_text("of before")
+        (tmp_path / "rows.CSV").write_text("path,label,predicted,probability,correct\nof before")
         ask(work, work.store, csv_file=tmp_path / name)
         assert (tmp_path / name).read_text().startswith("path,label,")
 

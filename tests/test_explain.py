@@ -30,10 +30,8 @@ RANDOM = {"backbone": "resnet18", "weights": "random"}
 
 
 @pytest.fixture
-def photos(tmp_path: Path, save_image: Callable[..., Path]) -> Path:
-    for i in range(12):
-        save_image(tmp_path / "photos" / f"class{i % 2}" / f"{i:02d}.png", seed=i)
-    return tmp_path / "photos"
+def photos(save_images: Callable[..., Path]) -> Path:
+    return save_images(12, lambda i: f"class{i % 2}/{i:02d}.png")
 
 
 @pytest.fixture

@@ -40,6 +40,7 @@ from featcache.backbones import (
     load_backbone,
     make_backbone,
     torchvision,
+    torchvision_rows,
 )
 from featcache.backbones.backbone import without_module
 from featcache.backbones.nodes import make_extractor
@@ -61,7 +62,7 @@ from featcache.errors import (
 from featcache.exporting import FORMATS, Opened, find_format
 from featcache.exporting.agreement import Proof, apart_from_predict, check, compare
 from featcache.exporting.architecture import attribute, find_architecture, last_layers
-from featcache.exporting.card import Written, write_card
+from featcache.exporting.card import SIGN, Written, write_card
 from featcache.exporting.modules import SoftmaxHead
 from featcache.exporting.pictures import Pictures, gather_pictures
 from featcache.exporting.subject import Subject
@@ -283,8 +284,8 @@ def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
         return build().to("meta")
 
 
-@pytest.mark.parametrize("row", torchvision.ROWS, ids=lambda row: next(iter(row.num_features)))
-def test_the_code_for_every_family_makes_the_network_with_a_new_last_layer(row: torchvision.Row) -> None:
+@pytest.mark.parametrize("row", torchvision_rows.ROWS, ids=lambda row: next(iter(row.num_features)))
+def test_the_code_for_every_family_makes_the_network_with_a_new_last_layer(row: torchvision_rows.Row) -> None:
     name, width = next(iter(row.num_features.items()))
     whole = on_meta(lambda: torchvision.build(name, image_size=224))
     headless = without_module(on_meta(lambda: torchvision.build(name, image_size=224)), row.classifier)
@@ -533,18 +534,28 @@ def test_a_head_that_makes_steps_is_compared_on_the_vectors_of_the_file(toy: Pat
         check_of(other, 0.01)
 
 
+def write_export(path: Path) -> dict[str, bytes]:
+    """What passes for an earlier export, with its card, in an empty folder; the contents of that."""
+    path.write_bytes(b"as it was")
+    path.with_name(path.name + ".md").write_text(f"# Earlier\n\n{SIGN}as it was.\n")
+    return contents(path.parent)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
 @pytest.mark.parametrize("to", ["onnx", "torch"])
 def test_a_disagreement_leaves_what_was_there(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
 ) -> None:
     path = tmp_path / f"m{FORMATS[to].suffixes[0]}"
-    path.write_bytes(b"as it was")
+    before = write_export(path)
     right = SoftmaxHead.forward
     monkeypatch.setattr(SoftmaxHead, "forward", lambda self, vectors: right(self, vectors).flip(1))
     with pytest.raises(ExportError, match="the same class for"):
         export(toy / "m.model", path, to=to, backbone=TOY)
-    assert path.read_bytes() == b"as it was"
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert contents(tmp_path) == before
 
 
 def test_without_its_images_a_model_is_checked_on_seeded_pictures(toy: Path, tmp_path: Path) -> None:
@@ -635,6 +646,22 @@ def test_a_model_tuned_twice_says_that_its_licence_is_not_named(tuned: Path) -> 
     assert "that of the weights the first fine-tuning began with, which this model does not name" in card
 
 
+def test_a_model_tuned_twice_has_the_licence_of_the_first_weights(tuned: Path) -> None:
+    model = Model.load(tuned)
+    first = {"source": "torchvision", "label": "IMAGENET1K_SWAG_E2E_V1", "sha256": "12ab" * 16}
+    provenance = {
+        **model.provenance,
+        "tuned": {"weights": {"source": "tuned", "label": "fine-tuned from m.model"}},
+        "tuned_before": [{"weights": first}],
+    }
+    card = card_of(replace(model, spec=replace(model.spec, backbone="vit_b_16"), provenance=provenance))
+    assert "fine-tuned, starting from torchvision, IMAGENET1K_SWAG_E2E_V1 of sha256 12ab12ab12ab;" in card
+    assert "licence of the weights: https://github.com/facebookresearch/SWAG" in card
+    for forged in (7, [7], [{"weights": 7}], [{"weights": {"source": 7, "label": ""}}]):
+        odd = replace(model, provenance={**provenance, "tuned_before": forged})
+        assert "fine-tuned, starting from tuned, fine-tuned from m.model of sha256" in card_of(odd)
+
+
 def test_the_code_of_a_card_sees_what_is_transparent_as_predict_does(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -701,6 +728,19 @@ def test_a_file_replaces_no_model_no_store_and_no_weights(toy: Path, small: Path
     # What was exported before is replaced.
     for _ in range(2):
         export(toy / "m.model", tmp_path / "again.safetensors", to="safetensors", backbone=TOY)
+
+
+def test_a_file_replaces_only_an_export_with_its_card(toy: Path, tmp_path: Path) -> None:
+    file, card = tmp_path / "own.safetensors", tmp_path / "own.safetensors.md"
+    file.write_bytes(save({"w": torch.zeros(3)}))
+    with pytest.raises(DataError, match=r"own\.safetensors is there already and is no export of featcache's"):
+        export(toy / "m.model", file, to="safetensors", backbone=TOY)
+    file.unlink()
+    card.write_text("# Notes of mine\n")
+    with pytest.raises(DataError, match=r"own\.safetensors\.md is there already and is no export"):
+        export(toy / "m.model", file, to="safetensors", backbone=TOY)
+    assert card.read_text() == "# Notes of mine\n"
+    assert not file.exists()
 
 
 def test_options_of_models_are_not_for_features(toy: Path, tmp_path: Path) -> None:
@@ -792,14 +832,13 @@ def test_an_interruption_leaves_what_was_there(
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    (tmp_path / "m.onnx").write_bytes(b"as it was")
+    before = write_export(tmp_path / "m.onnx")
     for step in ("gather_pictures", "prove", "write_card"):
         with monkeypatch.context() as patched:
             patched.setattr(f"featcache.commands.export.{step}", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 export(toy / "m.model", tmp_path / "m.onnx", to="onnx", backbone=TOY)
-        assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
-    assert (tmp_path / "m.onnx").read_bytes() == b"as it was"
+        assert contents(tmp_path) == before
 
 
 @contextmanager
@@ -814,32 +853,31 @@ def full_disk() -> Iterator[None]:
 
 
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(toy: Path, tmp_path: Path) -> None:
-    (tmp_path / "m.safetensors").write_bytes(b"as it was")
+    before = write_export(tmp_path / "m.safetensors")
     with (
         full_disk(),
         pytest.raises(DiskError, match=r"writing \S+ failed: File too large\. .*another --output"),
     ):
         export(toy / "m.model", tmp_path / "m.safetensors", to="safetensors", backbone=TOY)
-    assert [file.name for file in tmp_path.iterdir()] == ["m.safetensors"]
-    assert (tmp_path / "m.safetensors").read_bytes() == b"as it was"
+    assert contents(tmp_path) == before
 
 
 def test_of_two_exports_to_one_file_one_is_there_with_its_own_card(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, card, rename = tmp_path / "m.safetensors", tmp_path / "m.safetensors.md", disk.replace_durably
-    first_has_its_file, first_goes_on = threading.Event(), threading.Event()
+    first_has_its_card, first_goes_on = threading.Event(), threading.Event()
 
     def the_first_dawdles(source: Path, target: Path) -> None:
-        if target == card and not first_has_its_file.is_set():
-            first_has_its_file.set()
+        if target == path and not first_has_its_card.is_set():
+            first_has_its_card.set()
             first_goes_on.wait(0.5)  # as long as the other one needs without waiting for its turn
         rename(source, target)
 
     monkeypatch.setattr(disk, "replace_durably", the_first_dawdles)
     with ThreadPoolExecutor() as threads:
         first = threads.submit(export, toy / "m.model", path, to="safetensors", backbone=TOY)
-        assert first_has_its_file.wait(30)
+        assert first_has_its_card.wait(30)
         second = threads.submit(export, toy / "m.model", path, to="safetensors", backbone=TOY, images=[toy])
         second.add_done_callback(lambda _: first_goes_on.set())
         first.result()
@@ -847,6 +885,27 @@ def test_of_two_exports_to_one_file_one_is_there_with_its_own_card(
     assert {file.name for file in tmp_path.iterdir()} == {path.name, card.name}
     assert hashlib.sha256(path.read_bytes()).hexdigest() in card.read_text()
     assert "of the 30 images given" in card.read_text()
+
+
+def test_an_export_killed_between_its_names_can_be_repeated(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, card, rename = tmp_path / "m.safetensors", tmp_path / "m.safetensors.md", disk.replace_durably
+    named: list[Path] = []
+
+    def killed(source: Path, target: Path) -> None:
+        if named:
+            raise KeyboardInterrupt
+        named.append(target)
+        rename(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(disk, "replace_durably", killed)
+        with pytest.raises(KeyboardInterrupt):
+            export(toy / "m.model", path, to="safetensors", backbone=TOY)
+    assert list(tmp_path.iterdir()) == named
+    export(toy / "m.model", path, to="safetensors", backbone=TOY)
+    assert hashlib.sha256(path.read_bytes()).hexdigest() in card.read_text()
 
 
 def test_a_graph_that_the_runtime_refuses_is_one_line(

@@ -12,13 +12,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import small_network
-import torch
 from click.testing import CliRunner
 from PIL import Image
 
@@ -28,6 +28,7 @@ from featcache.commands.embed import embed
 from featcache.commands.evaluate import evaluate_model
 from featcache.commands.finetune import FinetuneResult, finetune
 from featcache.commands.fit import fit
+from featcache.commands.info import info
 from featcache.commands.predict import predict
 from featcache.errors import (
     BackboneError,
@@ -36,6 +37,7 @@ from featcache.errors import (
     HeadError,
     ModelError,
     SpecMismatch,
+    StoreError,
     TooManyFailures,
     UnknownNode,
 )
@@ -47,17 +49,10 @@ from featcache.tuning import activations, job, sources
 from featcache.tuning.scoring import Score
 from featcache.tuning.train import Trainer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAME = "small_network:small"
 TESTS = Path(__file__).parent
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Small images gain nothing from threads, and a resumed run must add up in the same order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -222,6 +217,24 @@ def test_a_tuned_model_is_tuned_further(work: Work, tmp_path: Path) -> None:
     assert all(np.array_equal(one[name], two[name]) for name in one)
 
 
+def test_what_the_first_fine_tuning_began_with_is_known_ever_after(work: Work, tmp_path: Path) -> None:
+    paths = [work.model, *(tmp_path / f"{i}.model" for i in (1, 2, 3))]
+    for begin, output in pairwise(paths):
+        still = {"lr": 0.0, "head_lr": 0.0} if output == paths[3] else {"start": "random"}
+        finetune(begin, work.photos, output, **{**QUICK, "epochs": 1, **still})
+    old, *_, last = models = [Model.load(path) for path in paths]
+    assert [len(model.tunings) for model in models] == [0, 1, 2, 3]
+    assert [one["from"] for one in last.tunings] == [path.name for path in paths[:3]]
+    assert [one["weights"] for one in last.tunings] == [model.weights for model in models[:3]]
+    assert [one["probe_kept"] for one in last.tunings] == [False, False, True]
+    assert last.weights == models[2].weights
+    for model in models:
+        assert model.first_weights == old.weights
+    facts = [info(path).facts for path in paths]
+    assert facts[3]["weights at first"] == facts[0]["weights"]
+    assert "weights at first" not in facts[0]
+
+
 def test_augmented_views_are_trained_on_and_plain_ones_scored(work: Work, tmp_path: Path) -> None:
     plain = tune(work, tmp_path / "p.model", lr=0.0, head_lr=0.0, batch_size=90)
     several = tune(work, tmp_path / "v.model", lr=0.0, head_lr=0.0, batch_size=90, views=3)
@@ -248,6 +261,8 @@ def test_the_probe_is_kept_where_tuning_does_not_beat_it(work: Work, tmp_path: P
     assert "MODEL2 is MODEL, since nothing that was trained was better by more than" in result.describe()
     kept, old = Model.load(tmp_path / "t.model"), Model.load(work.model)
     assert not kept.network
+    assert [one["probe_kept"] for one in kept.tunings] == [True]
+    assert kept.first_weights == kept.weights == old.weights
     np.testing.assert_array_equal(kept.arrays["coef"], old.arrays["coef"])
     assert result.metrics is not None
     answers = predict(work.model, [work.photos / "test"], backbone=NAME).predictions
@@ -360,7 +375,9 @@ def test_the_same_run_again_is_done_at_once(
     loaded = Model.load(again.model)
     replace(loaded, classes=("a", "c", "b")).save(again.model)
     assert trains(seed=1)
-    (tmp_path / "t.model.json").write_text("{}")
+    report = tmp_path / "t.model.json"
+    known = json.loads(report.read_text())
+    report.write_text(json.dumps({name: known[name] for name in known if name != "run"}))
     assert trains(seed=1)
 
 
@@ -633,10 +650,18 @@ def test_what_cannot_be_written_is_refused_first(
 ) -> None:
     monkeypatch.setattr(job, "load_network", fail)
     store = work.model.with_name("s.h5")
-    with pytest.raises(HeadError, match="is a feature store, which would be replaced"):
+    with pytest.raises(StoreError, match="is a feature store, which would be replaced"):
         tune(work, store)
-    with pytest.raises(ModelError, match="is the model to begin with, which would be replaced"):
+    with pytest.raises(DataError, match="is the model to begin with, which would be replaced"):
         tune(work, work.model)
+    photo = next(work.photos.rglob("*.png"))
+    before = photo.read_bytes()
+    with pytest.raises(DataError, match=r"\.png is there already and is no model of featcache's"):
+        tune(work, photo)
+    assert photo.read_bytes() == before
+    (tmp_path / "own.json").write_text("[]")
+    with pytest.raises(DataError, match=r"own\.json is there already and is no report of featcache's"):
+        tune(work, tmp_path / "own")
     with pytest.raises(DiskError, match="is a folder"):
         tune(work, tmp_path)
     with pytest.raises(DiskError, match="there is no folder .*elsewhere"):
@@ -718,3 +743,26 @@ def test_the_command_says_what_it_did(work: Work, tmp_path: Path, monkeypatch: p
     ran = CliRunner().invoke(main, [*map(str, arguments), "--unfreeze", "nothing"])
     assert ran.exit_code == 1
     assert "has no node 'nothing'" in ran.output
+
+
+def test_near_copies_are_on_one_side(tmp_path: Path) -> None:
+    """Each picture four times, a little brighter each time: similar to one another and to nothing else."""
+    photos = tmp_path / "photos"
+    for i in range(24):
+        first = photos / "abc"[i % 3] / f"{i:02d}-0.png"
+        stripes(first, kind=i % 3, seed=i)
+        pixels = np.asarray(Image.open(first)).astype(np.int16)
+        for copy in (1, 2, 3):
+            Image.fromarray((pixels + copy).clip(0, 255).astype(np.uint8)).save(
+                first.with_name(f"{i:02d}-{copy}.png")
+            )
+    embed(photos, tmp_path / "s.h5", backbone=NAME)
+    fit(tmp_path / "s.h5", tmp_path / "m.model", head="logistic", group_by="similar:0.9999")
+    work = Work(photos, tmp_path / "m.model")
+    found = tune(work, tmp_path / "t.model", epochs=1, group_by="similar:0.9999")
+    assert "in whole groups of similar:0.9999" in found.chosen_on
+    (count,) = [note for note in found.notes if "groups of similar:0.9999, the largest of" in note]
+    assert count.startswith("24 groups of similar:0.9999, the largest of 4 rows")
+    assert tune(work, tmp_path / "t.model", epochs=1, group_by="similar:0.9999").done_before
+    with pytest.raises(HeadError, match="there is no grouping by colour"):
+        tune(work, tmp_path / "t2.model", group_by="colour")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import small_network
 import torch
+from click.testing import CliRunner
 from gaussians import gaussian_features, take
 from PIL import Image
 from torch import Tensor, nn
@@ -23,19 +23,30 @@ from featcache import tuning
 from featcache.backbones import Backbone, load_backbone, make_backbone
 from featcache.backbones.cut import Tail, cut_network
 from featcache.backbones.nodes import make_extractor
-from featcache.errors import BackboneError, HeadError, UnknownNode
+from featcache.cli import main
+from featcache.errors import (
+    BackboneError,
+    DataError,
+    DiskError,
+    FeatcacheError,
+    HeadError,
+    ModelError,
+    UnknownNode,
+)
 from featcache.evaluate.comparison import Difference
-from featcache.evaluate.splits import hold_out
-from featcache.fitting import fit_features
+from featcache.evaluate.splits import Groups, hold_out
+from featcache.fitting import Wishes, fit_features
 from featcache.heads import build_head
 from featcache.heads.base import LinearHead
 from featcache.progress import SilentProgress
 from featcache.spec import FeatureNode, Preprocessing
+from featcache.store.features import FeatureSet
 from featcache.tuning.activations import disk_speed
 from featcache.tuning.asked import Asked
 from featcache.tuning.average import interpolate, update_average
 from featcache.tuning.choose import choose_weights
 from featcache.tuning.comparison import Comparison
+from featcache.tuning.launched import errors_told_once
 from featcache.tuning.network import TunedNetwork
 from featcache.tuning.ranks import Message, Ranks
 from featcache.tuning.result import advise
@@ -47,6 +58,8 @@ from featcache.tuning.sources import drawn_views
 from featcache.tuning.start import make_layer, random_layer, refit_head
 from featcache.tuning.train import TrainingState
 from featcache.tuning.trivial import OPERATIONS, STRENGTHS, augment
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # {network: (tail, its key, its blocks)}; at 64 px, but for the ViT.
 CUTS = {
@@ -60,14 +73,6 @@ CUTS = {
     "swin_t": ("last:1", "features.7.0.add_1:flat", ("features.7.1",)),
     "convnext_tiny": ("features.7.2", "features.7.1.add:flat", ("features.7.2",)),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def penultimate(backbone: Backbone) -> tuple[FeatureNode, ...]:
@@ -476,6 +481,7 @@ def test_the_error_of_the_first_rank_is_raised_by_all() -> None:
         with pytest.raises(UnknownNode, match="no such node") as raised:
             TwoRanks(torch.device("cpu"), rank, 2).from_first(refuse)
         assert raised.value.__notes__ == ["try another"]
+        assert raised.value.told_elsewhere == bool(rank)  # so that it is said once
     made = iter("ab")
     ranks = [TwoRanks(torch.device("cpu"), rank, 2) for rank in (0, 1)]
     assert [one.from_first(lambda: Message(next(made))).plain for one in ranks] == ["a", "a"]
@@ -539,7 +545,7 @@ def test_what_to_do_next_follows_from_the_comparison(tmp_path: Path, monkeypatch
 
 def test_the_probe_is_fitted_again_without_the_val_rows() -> None:
     features = gaussian_features({"train": 60, "val": 15, "test": 30}, gap=1.0)
-    _, model = fit_features(features, head="logistic", params={"C": 1.0})
+    _, model = fit_features(features, Wishes(head="logistic", params={"C": 1.0}))
     rows = tuning_rows(features, model.classes)
     again = refit_head(model, features.X[rows.train], rows.y[rows.train], where="m")
     expected = build_head("logistic", model.params, seed=0).fit(
@@ -547,3 +553,75 @@ def test_the_probe_is_fitted_again_without_the_val_rows() -> None:
     )
     np.testing.assert_array_equal(again.as_linear()[0], expected.as_linear()[0])
     assert not np.allclose(again.as_linear()[0], model.head.as_linear()[0])
+
+
+@pytest.mark.parametrize(
+    ("error", "local_rank", "elsewhere"),
+    [
+        (ModelError("m"), "0", False),
+        (ModelError("m"), "1", True),
+        (DataError("an image that this rank alone reads"), "1", False),
+        (DiskError("a disk of its own"), "1", False),
+    ],
+)
+def test_what_all_ranks_meet_is_told_once_a_machine(
+    error: FeatcacheError, local_rank: str, elsewhere: bool
+) -> None:
+    with pytest.raises(FeatcacheError) as raised, errors_told_once({"LOCAL_RANK": local_rank}):
+        raise error
+    assert raised.value.told_elsewhere == elsewhere
+
+
+@pytest.mark.parametrize("words", [["no.model", "photos", "-o", "t.model"], ["no.model"]])
+def test_an_error_of_all_ranks_is_one_line_and_ends_all(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    alone = CliRunner().invoke(main, ["finetune", *words])
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    other = CliRunner().invoke(main, ["finetune", *words])
+    assert alone.stderr
+    assert (other.exit_code, other.output) == (alone.exit_code, "")
+
+
+def grouped(splits: dict[str, int], *, size: int) -> tuple[FeatureSet, Groups]:
+    """Rows of one class after the other, so many of a class in a group."""
+    features = gaussian_features(splits)
+    order = np.lexsort((np.arange(len(features)), features.y))
+    index = np.empty(len(features), dtype=np.int64)
+    index[order] = np.arange(len(features)) // size
+    keys = np.random.default_rng(0).integers(0, 256, (int(index.max()) + 1, 32), dtype=np.uint8)
+    return features, Groups(index=index, keys=keys, by="folder")
+
+
+@pytest.mark.parametrize("splits", [{"": 300}, {"train": 300}])
+def test_no_group_is_trained_on_and_chosen_on(splits: dict[str, int]) -> None:
+    features, groups = grouped(splits, size=5)
+    rows = tuning_rows(features, features.classes, groups)
+    sides = [set(groups.index[some].tolist()) for some in (rows.train, rows.choice, rows.test)]
+    assert all(sides)
+    assert not sides[0] & sides[1]
+    assert not (sides[0] | sides[1]) & sides[2]
+    assert rows.chosen_on.endswith("in whole groups of folder")
+    alone = tuning_rows(features, features.classes)
+    assert set(groups.index[alone.train]) & set(groups.index[alone.choice])
+
+
+def test_groups_that_cross_the_splits_of_the_data_are_said() -> None:
+    features = gaussian_features({"train": 60, "val": 15, "test": 30})
+    index = np.arange(len(features)) % 9
+    keys = np.zeros((9, 32), dtype=np.uint8)
+    rows = tuning_rows(features, features.classes, Groups(index=index, keys=keys, by="folder:2"))
+    assert "15 of the 15 choice rows share a group of folder:2 with rows trained on" in rows.notes
+    single = Groups(index=features.y, keys=np.zeros((3, 32), dtype=np.uint8), by="folder")
+    with pytest.raises(HeadError, match="single group of folder"):
+        tuning_rows(gaussian_features({"": 60}), ("class0",), single.take(np.arange(60)))
+
+
+def test_another_grouping_is_another_run() -> None:
+    asked = Asked(model=Path("m"), data=Path("photos"), output=Path("t.model"))
+    by_folder = replace(asked, group_by="folder:1")
+    assert by_folder.line() == "featcache finetune m photos -o t.model --group-by folder:1"
+    given = ((asked, None), (by_folder, "x"), (by_folder, "y"))
+    keys = [one.key(model="m", images="i", groups=groups) for one, groups in given]
+    assert keys[0] != keys[1] != keys[2]

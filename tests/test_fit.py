@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import os
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from gaussians import gaussian_features, take, write_store
+from safetensors.numpy import save as save_arrays
 
 from featcache.commands import fit as fit_module
 from featcache.commands.fit import fit
-from featcache.errors import DamagedStore, HeadError, IncompleteStore, NotAStore, StoreError
-from featcache.fitting import FitResult, fit_features, outlook, scoring
+from featcache.errors import (
+    DamagedStore,
+    DataError,
+    DiskError,
+    HeadError,
+    IncompleteStore,
+    NotAStore,
+    StoreError,
+)
+from featcache.fitting import FitResult, Wishes, fit_features, outlook, scoring
 from featcache.fitting import rows as rows_module
 from featcache.fitting.rows import take_rows
 from featcache.heads import HEADS
+from featcache.heads.parameters import parse_params
 from featcache.model import Model
 from featcache.store.features import FeatureSet
 from featcache.store.reader import FeatureStore
@@ -38,7 +50,8 @@ KEYS = {
 
 
 def run(features: FeatureSet, head: str = "ncm", **options: Any) -> tuple[FitResult, Model]:
-    return fit_features(features, head=head, **{"params": QUICK.get(head), **options})
+    params = parse_params(options.pop("params", QUICK.get(head)))
+    return fit_features(features, Wishes(head=head, params=params, **options))
 
 
 def notes_of(features: FeatureSet) -> str:
@@ -263,7 +276,7 @@ def test_false_is_false() -> None:
         ("knn", {"k": "2.5"}, "k is a whole number"),
         ("ridge", {"temperature": "0"}, "temperature is a number above 0"),
         ("sklearn:SVC", {"kernel": "best"}, "cannot be fitted: The 'kernel' parameter of SVC must be"),
-        ("sklearn:MultinomialNB", {}, "cannot be fitted: Negative values"),
+        ("sklearn:MultinomialNB", {}, "takes counts"),
         (
             "sklearn:LogisticRegression",
             {"C": "-1"},
@@ -277,18 +290,6 @@ def test_heads_and_parameters_that_do_not_go_are_refused_in_one_line(
     with pytest.raises(HeadError, match=words) as caught:
         run(gaussian_features(), head, params=params)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["KNeighborsClassifier", "RadiusNeighborsClassifier"])
-def test_a_head_that_no_model_file_may_hold_is_refused_before_any_work(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def not_now(*_: Any, **__: Any) -> None:
-        pytest.fail("the store was opened")
-
-    monkeypatch.setattr(FeatureStore, "open", not_now)
-    with pytest.raises(HeadError, match=f"sklearn:{name} holds .*, which a model file may not contain"):
-        fit(tmp_path / "s.h5", head=f"sklearn:{name}")
 
 
 def test_what_is_wrong_with_a_head_is_said_before_the_store_is_read(
@@ -390,7 +391,7 @@ def test_a_store_gives_a_model_and_a_report_beside_it(store: Path) -> None:
     assert result.model == str(path)
     assert json.loads((store.parent / "s.model.json").read_text()) == json.loads(json.dumps(result.to_json()))
     model = Model.load(path)
-    expected = fit_features(gaussian_features(), head="logistic")[1]
+    expected = run(gaussian_features(), "logistic")[1]
     np.testing.assert_array_equal(model.arrays["coef"], expected.arrays["coef"])
     assert model.provenance == FeatureStore.open(store).provenance
     assert model.fingerprint == result.fingerprint == FeatureStore.open(store).fingerprint
@@ -424,9 +425,9 @@ def test_what_is_no_store_or_no_node_is_refused(store: Path) -> None:
         fit(store, node="layer3")
     with pytest.raises(StoreError, match="given one by one: --node penultimate --node layer3"):
         fit(store, node="penultimate+layer3")
-    with pytest.raises(HeadError, match="no folder .*nowhere for x.model"):
+    with pytest.raises(DiskError, match=r"x\.model cannot be written: there is no folder .*nowhere\. Make"):
         fit(store, store.parent / "nowhere" / "x.model")
-    with pytest.raises(HeadError, match="is a folder"):
+    with pytest.raises(DiskError, match="is a folder"):
         fit(store, store.parent)
 
 
@@ -438,7 +439,7 @@ def test_a_store_is_never_replaced_by_a_model(
     write_store(Path("other.h5"), gaussian_features())
     write_store(Path("report.json"), gaussian_features())
     before = {path.name: path.read_bytes() for path in store.parent.iterdir()}
-    with pytest.raises(HeadError, match="is a feature store, which would be replaced"):
+    with pytest.raises(StoreError, match="is a feature store, which would be replaced"):
         fit(store, output)
     assert {path.name: path.read_bytes() for path in store.parent.iterdir()} == before
 
@@ -450,8 +451,32 @@ def test_a_model_is_replaced_by_the_next(store: Path) -> None:
     assert Model.load(store.with_suffix(".model")).head_name == "ridge"
     assert result.replaced == f"ncm on penultimate ({100 * former.metrics.accuracy:.1f} % right on 24 rows)"
     assert f"written to {store.with_suffix('.model')}, where {result.replaced} was" in result.describe()
-    store.with_suffix(".model").write_bytes(b"something else")
-    assert fit(store, head="ridge").replaced == "another file"
+    torn = store.with_suffix(".model").read_bytes()[:-9]
+    store.with_suffix(".model").write_bytes(torn)
+    assert fit(store, head="ridge").replaced == "a damaged model"
+    (store.parent / "empty").touch()
+    assert fit(store, store.parent / "empty", head="ncm").replaced is None
+
+
+def test_what_is_no_model_and_no_report_is_never_replaced(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = store.parent
+    (folder / "photo.jpg").write_bytes(b"\xff\xd8\xff\xe0 a photograph")
+    (folder / "own.json").write_text('{"mine": 1}')
+    (folder / "weights.safetensors").write_bytes(save_arrays({"w": np.zeros(3)}))
+    os.mkfifo(folder / "pipe")
+    monkeypatch.setattr(FeatureStore, "open", lambda *_, **__: pytest.fail("work was begun"))
+    for name, what in (
+        ("photo.jpg", r"photo\.jpg is there already and is no model"),
+        ("own", r"own\.json is there already and is no report"),
+        ("weights.safetensors", "is there already and is no model"),
+        ("pipe", "pipe is there already and is no model"),
+    ):
+        with pytest.raises(DataError, match=f"{what} of featcache's: it would be replaced. Choose another"):
+            fit(store, folder / name)
+    assert (folder / "own.json").read_text() == '{"mine": 1}'
+    assert not (folder / "own").exists()
 
 
 def test_the_seconds_are_those_of_all_that_was_done(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -463,6 +488,16 @@ def test_the_seconds_are_those_of_all_that_was_done(store: Path, monkeypatch: py
 
     monkeypatch.setattr(fit_module, "find_groups", slowly)
     assert fit(store, head="ncm", group_by="similar:0.9999").seconds >= 0.2
+
+
+def test_the_wishes_are_options_of_fit_with_the_same_defaults() -> None:
+    documented = {name: one.default for name, one in inspect.signature(fit).parameters.items()}
+    plain = Wishes()
+    ours = {
+        one.name: getattr(plain, one.name) for one in fields(Wishes) if one.name not in ("params", "spent")
+    }
+    assert ours == {name: documented[name] for name in ours}
+    assert (documented["params"], plain.params, plain.spell()) == (None, {}, ())
 
 
 def test_a_device_is_for_the_heads_that_take_one() -> None:

@@ -19,7 +19,7 @@ from featcache.commands.embed import embed
 from featcache.commands.fit import fit
 from featcache.evaluate.compete import Competition, Contender
 from featcache.evaluate.select import Candidate
-from featcache.fitting import Files, FitResult, fit_features, outlook
+from featcache.fitting import Files, FitResult, Wishes, fit_features, outlook
 from featcache.fitting.advice import advise
 from featcache.fitting.summary import summarise
 from featcache.progress import LogProgress
@@ -29,7 +29,7 @@ TOY = "channel_mean:channel_mean"
 
 
 def run(features: FeatureSet, head: str = "ridge", **options: Any) -> FitResult:
-    return fit_features(features, head=head, **{"curve": False, **options})[0]
+    return fit_features(features, Wishes(head=head, **{"curve": False, **options}))[0]
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +128,7 @@ def test_classes_that_were_not_trained_on_come_first_and_are_no_sign_of_the_fit(
     result = run(take(features, (features.splits == "test") | (features.y != 2)))
     advice = advise(result)
     assert advice.why.startswith("add labelled images of class2 to the training rows: 100 of the 300 rows")
+    assert "After adding labelled images" in advice.why
     assert require_pasteable(advice.command) == ["embed", "fit"]
     assert result.verdict is None
     assert result.to_json()["verdict"] is None
@@ -183,6 +184,10 @@ def test_what_to_do_next_is_a_command_that_can_be_pasted(plain: FitResult) -> No
     unsure = advise(spread(result, 0.966, 0.99))
     assert unsure.why.startswith("score more rows, which are too few to tell")
     assert unsure.command == labels.command
+    wide = replace(result, metrics=replace(result.metrics, accuracy_ci95=(0.5, 0.9)))
+    for one in (labels, unsure, advise(wide)):  # it does nothing while there are no more images
+        assert "After adding labelled images to those that were embedded, the command takes them" in one.why
+    assert "After adding" not in good.why
     nodes = advise(spread(result, 0.8, 0.8, other_nodes=("a", "b")))
     assert nodes.command == "featcache fit 'my photos.h5' --head ridge --nodes auto -o out/m.nodes.model"
     tune = advise(spread(result, 0.8, 0.8))
@@ -306,11 +311,27 @@ def test_parts_are_fitted_while_all_of_them_end_in_time(monkeypatch: pytest.Monk
         for n in (10, 20, 40)[:fits]:
             pace.keep(np.arange(n), fit_rows)
         if fits < 3:
-            with pytest.raises(outlook._TooSlow, match="it would take about 70 s, with 69 s left"):
+            with pytest.raises(outlook._TooSlow, match="it would take about 70 s, longer than the 69 s left"):
                 pace.keep(np.arange(20), fit_rows)
+
+
+def test_rows_of_classes_that_were_not_trained_on_are_in_no_outlook() -> None:
+    features = gaussian_features({"train": 120, "test": 60}, gap=3)
+    some = take(features, (features.splits == "test") | (features.y != 2))
+    result, known = run(some, shots=(2,), curve=True), run(take(some, some.y != 2), shots=(2,), curve=True)
+    assert result.outlook.shots == known.outlook.shots
+    assert result.outlook.curve == known.outlook.curve
+    assert result.outlook.curve is not None
+    assert result.outlook.curve.points[-1].accuracy == known.metrics.accuracy > result.metrics.accuracy
+    said = "accuracy by fewer labelled images is of the 40 rows scored whose class was trained on"
+    assert said in result.notes
+    assert said not in known.notes
+    alone = run(take(some, (some.splits != "test") | (some.y == 2)), shots=(2,), curve=True)
+    assert (alone.outlook.shots, alone.outlook.curve) == ((), None)
+    assert alone.notes[-1].endswith("no row scored is of a class that was trained on")
 
 
 def test_a_quick_fit_says_nothing_on_the_way(capsys: pytest.CaptureFixture[str]) -> None:
     for head in ("auto", "ridge", "ncm"):
-        run(gaussian_features({"train": 90, "test": 60}), head, curve=None, progress=LogProgress())
+        fit_features(gaussian_features({"train": 90, "test": 60}), Wishes(head=head), progress=LogProgress())
     assert capsys.readouterr().err == ""

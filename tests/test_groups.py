@@ -16,7 +16,7 @@ from featcache.errors import HeadError
 from featcache.evaluate import groups as groups_module
 from featcache.evaluate.groups import find_groups
 from featcache.evaluate.splits import Groups, hold_out, make_folds
-from featcache.fitting import choose_rows, fit_features, outlook
+from featcache.fitting import Wishes, choose_rows, fit_features, outlook
 from featcache.store.features import FeatureSet
 
 
@@ -158,9 +158,9 @@ def test_one_group_a_class_is_refused_with_splits_of_the_data_as_well(by: str) -
     with pytest.raises(
         HeadError, match=f"every class of the training rows lies in a single group of {by}: .* Group by"
     ):
-        fit_features(features, head="ncm", groups=find_groups(by, features))
+        fit_features(features, Wishes(head="ncm"), groups=find_groups(by, features))
     single = take(features, [0, 1, 2, *range(60, 90)])  # where no other grouping could hold anything out
-    assert fit_features(single, head="ncm", groups=find_groups(by, single))[0].n_train == 3
+    assert fit_features(single, Wishes(head="ncm"), groups=find_groups(by, single))[0].n_train == 3
 
 
 def test_parts_of_the_rows_are_drawn_by_groups(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +181,7 @@ def test_parts_of_the_rows_are_drawn_by_groups(monkeypatch: pytest.MonkeyPatch) 
         return real(y, watch, **options)
 
     monkeypatch.setattr(outlook, "learning_curve", record)
-    result, _ = fit_features(features, head="ncm", groups=groups)
+    result, _ = fit_features(features, Wishes(head="ncm"), groups=groups)
     assert result.outlook.curve is not None
     assert len(drawn) == 10
     for kept in drawn:
@@ -192,14 +192,14 @@ def test_parts_of_the_rows_are_drawn_by_groups(monkeypatch: pytest.MonkeyPatch) 
 
 def test_splits_of_the_data_are_kept_and_what_they_share_is_counted() -> None:
     features = in_series({"train": 150, "test": 60}, series=60)  # series 00 to 49 and 50 to 59, 00 to 09
-    result, _ = fit_features(features, head="ncm", groups=find_groups("folder:2", features))
+    result, _ = fit_features(features, Wishes(head="ncm"), groups=find_groups("folder:2", features))
     assert (result.n_train, result.metrics.n) == (150, 60)
     assert result.notes[:2] == (
         "60 groups of folder:2, the largest of 6 rows",
         "30 of the 60 rows scored share a group of folder:2 with rows trained on: 10 groups cross the splits "
         "of the data, which are kept as they are",
     )
-    without, _ = fit_features(features, head="ncm")
+    without, _ = fit_features(features, Wishes(head="ncm"))
     assert "share a group" not in "; ".join(without.notes)
 
 
@@ -254,13 +254,14 @@ def test_near_copies_on_both_sides_flatter_and_groups_do_not() -> None:
     right = {True: 0.0, False: 0.0}
     held = {True: 0.0, False: 0.0}
     n = {True: 0, False: 0}
+    nearest = Wishes(head="knn", params={"k": 1}, curve=False)
     for seed in range(4):
         features = near_copies(120, seed=seed)
         y = np.repeat(np.random.default_rng(seed).integers(0, 2, size=120), 3)
         features = replace(features, y=y, classes=("a", "b"))
         for grouped in (True, False):
             groups = find_groups("similar", features) if grouped else None
-            result, _ = fit_features(features, head="knn", params={"k": 1}, groups=groups, curve=False)
+            result, _ = fit_features(features, nearest, groups=groups)
             right[grouped] += result.metrics.accuracy * result.metrics.n
             assert result.cross_validated is not None
             held[grouped] += result.cross_validated.accuracy / 4

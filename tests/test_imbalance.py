@@ -19,7 +19,7 @@ from featcache.errors import HeadError
 from featcache.evaluate.abstain import choose_threshold
 from featcache.evaluate.metrics import log_losses, score
 from featcache.evaluate.splits import Groups
-from featcache.fitting import FitResult, fit_features, outlook
+from featcache.fitting import FitResult, Wishes, fit_features, outlook
 from featcache.fitting.choice import choose_head
 from featcache.heads import HEADS
 from featcache.heads.base import Head, class_weights
@@ -39,13 +39,13 @@ def uneven(n: int = 400, *, share: float = 0.06, gap: float = 1.2, seed: int = 0
     return take(features, keep)
 
 
-def run(features: FeatureSet, **options: Any) -> tuple[FitResult, Model]:
-    return fit_features(features, curve=False, **options)
+def run(features: FeatureSet, *, groups: Groups | None = None, **options: Any) -> tuple[FitResult, Model]:
+    return fit_features(features, Wishes(**{"curve": False, **options}), groups=groups)
 
 
 @pytest.mark.parametrize("head", WEIGHTED)
 def test_balanced_weights_raise_the_accuracy_of_the_rare_class(head: str) -> None:
-    params = {"epochs": 5} if head in ("linear", "mlp") else None
+    params = {"epochs": 5} if head in ("linear", "mlp") else {}
     plain, weighted = (
         run(uneven(), head=head, params=params, class_weight=weight)[0] for weight in (None, "balanced")
     )
@@ -350,7 +350,7 @@ def test_class_weights_that_nobody_knows_are_one_line(head: str, weight: Any) ->
 def test_a_head_that_few_rows_do_not_suffice_for_is_a_note() -> None:
     head = "sklearn:LinearDiscriminantAnalysis"  # of more rows than classes
     features = gaussian_features({"train": 12, "test": 30}, k=2)
-    result, _ = fit_features(features, head=head, shots=(1, 5), tries=2, curve=True)
+    result, _ = run(features, head=head, shots=(1, 5), tries=2, curve=True)
     assert [row.shots for row in result.outlook.shots] == [5]
     assert result.outlook.curve is None
     said = "; ".join(result.notes)
@@ -393,7 +393,7 @@ def test_the_copies_in_a_store_do_not_make_a_threshold_or_a_curve_surer() -> Non
     features = gaussian_features({"train": 200, "test": 200}, k=2, gap=1.5)
     five = take(features, np.repeat(np.arange(400), 5))
     one, other = (
-        fit_features(some, head="ncm", precision=0.8, shots=(2,), tries=3)[0] for some in (features, five)
+        run(some, head="ncm", precision=0.8, shots=(2,), tries=3, curve=None)[0] for some in (features, five)
     )
     assert one.outlook.curve is not None
     assert other.outlook.curve is not None

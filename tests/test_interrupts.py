@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -79,12 +80,15 @@ def test_the_first_signal_is_recorded_and_raised_once_the_work_is_done(
     assert seen == [False, True, signum]
 
 
+@pytest.mark.parametrize("within", [nullcontext, graceful_stop], ids=["alone", "within another"])
 @pytest.mark.parametrize("first", SIGNALS)
-def test_the_second_signal_acts_at_once(first: signal.Signals) -> None:
+def test_the_second_signal_acts_at_once(
+    first: signal.Signals, within: Callable[[], AbstractContextManager[object]]
+) -> None:
     seen = []
 
     def work() -> None:
-        with graceful_stop():
+        with within(), graceful_stop():
             send(first)
             seen.append("after the first")
             send(signal.SIGTERM)
@@ -138,21 +142,6 @@ def test_within_another_the_outer_one_raises() -> None:
     with pytest.raises(Terminated):
         work()
     assert seen == [True, True]
-
-
-def test_within_another_the_second_signal_acts_at_once_as_well() -> None:
-    seen = []
-
-    def work() -> None:
-        with graceful_stop(), graceful_stop():
-            send(signal.SIGINT)
-            seen.append("after the first")
-            send(signal.SIGTERM)
-            seen.append("after the second")
-
-    with pytest.raises(Terminated):
-        work()
-    assert seen == ["after the first"]
 
 
 def test_a_handler_put_in_between_is_kept() -> None:

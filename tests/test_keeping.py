@@ -12,35 +12,27 @@ from click.testing import CliRunner
 from test_embed import TOY, no_decoding, stop_after
 from test_salvage import flip_in
 
-from featcache import embedding
 from featcache.cli import main
 from featcache.commands.embed import EmbedResult, embed, embed_together
 from featcache.errors import DataError
 from featcache.sharding import Shard
 from featcache.store.reader import FeatureStore
 
+pytestmark = pytest.mark.usefixtures("small_blocks")
+
 ROWS = 12
 REFUSED = r"rows with features in .* are of images that are not in .*--output .* or pass --prune"
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedding, "BLOCK_ROWS", 4)
-
-
 @pytest.fixture
-def photos(tmp_path: Path, save_image: Callable[..., Path]) -> Path:
+def photos(save_images: Callable[..., Path]) -> Path:
     """Two classes of six images."""
-    for i in range(ROWS):
-        save_image(tmp_path / "photos" / f"c{i // 6}" / f"{i:02d}.png", seed=i)
-    return tmp_path / "photos"
+    return save_images(ROWS, lambda i: f"c{i // 6}/{i:02d}.png")
 
 
 @pytest.fixture
-def others(tmp_path: Path, save_image: Callable[..., Path]) -> Path:
-    for i in range(ROWS):
-        save_image(tmp_path / "others" / f"c{i // 6}" / f"other{i:02d}.png", seed=100 + i)
-    return tmp_path / "others"
+def others(save_images: Callable[..., Path]) -> Path:
+    return save_images(ROWS, lambda i: f"c{i // 6}/other{i:02d}.png", folder="others", seed=100)
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ LAYERS = (
         "reuse",
         "sharding",
         "lanes",
+        "needs",
         "pipeline",
         "engines",
         "evaluate",
@@ -45,6 +46,7 @@ LAYERS = (
         "next_step",
         "outputs",
         "tuning",
+        "verification",
     },
     {"images", "backbones", "store", "heads"},
     {"spec", "records", "progress", "versions", "disk", "interrupts", "words", "processors", "transforms"},
@@ -55,6 +57,7 @@ WITHIN_A_LAYER = {
     "cli": {"demo"}, "__main__": {"cli"}, "lanes": {"engines"},
     "pipeline": {"engines", "lanes"}, "filling": {"lanes", "reuse"},
     "request": {"engines"}, "embedder": {"engines", "request"},
+    "needs": {"origin", "pipeline", "reuse"},
     "explanation": {"reuse"}, "keeping": {"reuse"}, "sharding": {"reuse"},
     "embedding": {"embedder", "filling", "lanes", "pipeline", "request", "reuse"},
     "together": {"embedding", "lanes", "pipeline", "reuse"},
@@ -67,10 +70,10 @@ WITHIN_A_LAYER = {
     "fitting": {"evaluate", "model"},
     "tuning": {
         "answers", "embedder", "embedding", "engines", "evaluate", "fitting", "inference", "model",
-        "next_step", "origin", "request", "sharding", "together", "update",
+        "next_step", "origin", "outputs", "request", "sharding", "together", "update",
     },
     "exporting": {"engines", "model", "request"},
-    "forecast": {"embedder", "embedding", "lanes", "pipeline", "request", "reuse"},
+    "forecast": {"embedder", "embedding", "engines", "lanes", "pipeline", "request", "reuse"},
 }  # fmt: skip
 ROOMS = {
     "click": {"cli"},

@@ -11,7 +11,14 @@ from scipy.special import softmax
 from sklearn.metrics import f1_score, precision_score, recall_score, roc_auc_score, top_k_accuracy_score
 
 from featcache.evaluate.abstain import _shortest, accepted_at, choose_abstention, choose_threshold
-from featcache.evaluate.bootstrap import draws_for, interval, paired_means, resampled_sums, row_counts
+from featcache.evaluate.bootstrap import (
+    LEAST_UNITS,
+    draws_for,
+    interval,
+    paired_means,
+    resampled_sums,
+    row_counts,
+)
 from featcache.evaluate.metrics import Metrics, expected_calibration_error, log_losses, score, wilson_interval
 from featcache.evaluate.report import class_lines, difference_interval, judge, score_lines, verdict_lines
 
@@ -95,6 +102,9 @@ def test_the_intervals_are_those_of_a_plain_loop() -> None:
             drawn["ece"].append(expected_calibration_error(confidence, hits))
             recalls = [hits[there == c].mean() for c in range(k) if (there == c).any()]
             drawn["mean_per_class_accuracy"].append(np.mean(recalls))
+    rate, variance = m.mean_per_class_accuracy, np.var(drawn.pop("mean_per_class_accuracy")) * 90 / 89
+    n = rate * (1 - rate) / variance
+    assert m.mean_per_class_accuracy_ci95 == pytest.approx(wilson_interval(rate * n, n))
     for name, values in drawn.items():
         found, expected = getattr(m, name), np.quantile(values, [0.025, 0.975])
         moved = expected - (np.mean(values) - found)
@@ -108,8 +118,9 @@ def test_the_interval_of_the_area_is_that_of_a_plain_loop() -> None:
     values = []
     for counts in row_counts(60, draws=100, seed=5):
         values += [roc_auc_score(y, p[:, 1], sample_weight=column) for column in counts.T]
-    moved = np.quantile(values, [0.025, 0.975]) - (np.mean(values) - roc_auc_score(y, p[:, 1]))
-    assert m.auroc_ci95 == pytest.approx(tuple(np.minimum(moved, 1)))
+    area = roc_auc_score(y, p[:, 1])
+    n = area * (1 - area) / (np.var(values) * 60 / 59)
+    assert m.auroc_ci95 == pytest.approx(wilson_interval(area * n, n))
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
@@ -125,8 +136,58 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     assert min(held.values()) / 300 > 0.95 - 4 * 0.0126
 
 
+@pytest.mark.parametrize(("k", "pull"), [(2, 1.0), (2, 3.0), (4, 3.0)])
+@pytest.mark.parametrize("n", [4, 12, 40])
+def test_intervals_of_few_rows_hold_the_truth_as_often_as_they_say(n: int, k: int, pull: float) -> None:
+    """Where nearly all is right, quantiles of a bootstrap would hold it 1 to 60 times in 100."""
+    truth = score(*world(400_000, k, pull=pull, seed=99), names(k), draws=0)
+    held: dict[str, list[bool]] = {}
+    for seed in range(300):
+        m = score(*world(n, k, pull=pull, seed=seed), names(k), draws=200, seed=seed)
+        for name in ("mean_per_class_accuracy", "auroc", "nll"):
+            if ends := getattr(m, f"{name}_ci95"):
+                held.setdefault(name, []).append(ends[0] <= getattr(truth, name) <= ends[1])
+    assert ("nll" in held) == (n >= LEAST_UNITS)
+    for name, hits in held.items():
+        assert np.mean(hits) > 0.95 - 5 * 0.0126, name
+
+
+def test_a_few_rows_that_are_all_right_are_no_certainty() -> None:
+    y, p = np.array([0, 0, 1]), np.array([[0.9, 0.1], [0.9, 0.1], [0.1, 0.9]])
+    m = score(y, p, names(2))
+    assert m.accuracy_ci95 == wilson_interval(3, 3)
+    # Of weights 1/4, 1/4 and 1/2: 8/3 rows of equal weight. Of pairs of which no row is in two there is one.
+    assert m.mean_per_class_accuracy_ci95 == pytest.approx(wilson_interval(8 / 3, 8 / 3))
+    assert m.auroc_ci95 == wilson_interval(1, 1)
+    assert (m.nll_ci95, m.ece_ci95) == (None, None)
+    lines = score_lines(m, on="test")
+    assert lines[4].endswith("(too few rows for an interval)")
+    assert lines[5].endswith("(too few rows for an interval)")
+    assert json.loads(json.dumps(m.to_json()))["nll_ci95"] is None
+
+
+def test_rows_that_are_all_alike_are_no_certainty() -> None:
+    y = np.repeat([0, 1], 30)
+    m = score(y, np.eye(2)[y], names(2))
+    assert (m.nll, m.nll_ci95, m.ece_ci95) == (pytest.approx(0), None, None)
+    assert m.mean_per_class_accuracy_ci95 == pytest.approx(wilson_interval(60, 60))
+    assert m.auroc_ci95 == pytest.approx(wilson_interval(30, 30))
+    assert "too few" not in "\n".join(score_lines(m, on="test"))
+
+
+def test_a_class_all_right_and_one_all_wrong_are_no_certainty() -> None:
+    y, p = np.repeat([0, 1], 5), np.tile([0.9, 0.1], (10, 1))
+    assert score(y, p, names(2)).mean_per_class_accuracy_ci95 == pytest.approx(wilson_interval(10, 20))
+
+
+def test_the_share_in_the_top_five_has_the_interval_of_a_share() -> None:
+    m = score(*world(50, 8, pull=0.5), names(8))
+    assert m.top5 is not None
+    assert m.top5_ci95 == pytest.approx(wilson_interval(m.top5 * 50, 50))
+
+
 def test_intervals_hold_the_score_and_stay_in_their_range() -> None:
-    for n, k, pull in ((8, 2, 9.0), (40, 6, 0.0), (500, 7, 2.0)):
+    for n, k, pull in ((20, 2, 9.0), (40, 6, 0.0), (500, 7, 2.0)):
         m = score(*world(n, k, pull=pull), names(k))
         for name in ("accuracy", "mean_per_class_accuracy", "nll", "ece", "top5", "auroc"):
             found, ends = getattr(m, name), getattr(m, f"{name}_ci95")
@@ -153,6 +214,7 @@ def test_copies_of_a_row_tell_nothing_new() -> None:
     copied = score(np.tile(y, 3), np.tile(p, (3, 1)), names(2), units=np.tile(np.arange(200), 3), seed=1)
     assert (copied.n, copied.n_units, alone.n_units) == (600, 200, 200)
     for name in ("mean_per_class_accuracy", "nll", "ece", "auroc"):
+        assert getattr(alone, f"{name}_ci95") is not None
         assert getattr(copied, f"{name}_ci95") == pytest.approx(getattr(alone, f"{name}_ci95"))
     # The variance of 200 means has 199 degrees of freedom.
     hits = alone.accuracy * 199
@@ -162,7 +224,7 @@ def test_copies_of_a_row_tell_nothing_new() -> None:
 
 def test_units_of_different_sizes_are_drawn_as_a_plain_loop_draws_them() -> None:
     y, p = world(60, 3)
-    units = np.sort(np.random.default_rng(1).integers(0, 15, 60))
+    units = np.sort(np.random.default_rng(1).integers(0, 40, 60))
     m = score(y, p, names(3), units=units, draws=200, seed=5)
     values = []
     for counts in row_counts(60, draws=200, seed=5, units=units):
@@ -207,7 +269,7 @@ def test_all_rows_right_are_as_many_as_their_units() -> None:
 def test_a_single_row_has_no_interval_but_wilsons() -> None:
     m = score(np.array([0]), np.array([[0.9, 0.1]]), names(2))
     assert (m.nll_ci95, m.accuracy_ci95) == (None, wilson_interval(1, 1))
-    assert "log-loss            0.1054" in "\n".join(score_lines(m, on="test")).split("\n")[3]
+    assert score_lines(m, on="test")[3] == "  log-loss            0.1054  (too few rows for an interval)"
 
 
 def test_the_most_confused_pairs_are_named_with_their_surest_rows() -> None:
@@ -419,9 +481,10 @@ def test_sums_of_sparse_columns_are_those_of_dense_ones() -> None:
 def test_an_interval_is_moved_by_what_drawing_again_adds() -> None:
     drawn = np.linspace(0.3, 0.5, 1001)  # its mean is 0.4, the estimate 0.2
     assert interval(0.2, drawn) == pytest.approx((0.105, 0.295))
-    assert interval(0.05, drawn)[0] == 0
-    assert interval(0.95, drawn, high=1.0)[1] == 1
-    assert interval(0.5, np.array([np.nan])) == (0.5, 0.5)
+    assert interval(0.05, drawn) == pytest.approx((0, 0.145))
+    assert interval(0.95, drawn, high=1.0) == pytest.approx((0.855, 1))
+    assert interval(0.5, np.array([np.nan])) is None
+    assert interval(0.5, np.full(9, 0.5)) is None
 
 
 def sure(confidence: Any, correct: Any) -> tuple[Any, Any]:

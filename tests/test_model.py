@@ -22,9 +22,10 @@ from safetensors.numpy import load, save, save_file
 
 from featcache.commands.info import info
 from featcache.errors import DiskError, ModelError
-from featcache.fitting import fit_features
+from featcache.fitting import Wishes, fit_features
 from featcache.heads import HEADS
 from featcache.model import Model, begins_as_model, content_digest
+from featcache.store.features import FeatureSet
 
 NAMES = [
     *(name for name in HEADS if name != "sklearn"),
@@ -38,7 +39,12 @@ QUICK: dict[str, dict[str, Any]] = {
 
 
 def fitted(name: str = "ncm") -> Model:
-    return fit_features(gaussian_features(), head=name, params=QUICK.get(name), provenance=PROVENANCE)[1]
+    return fit_on(gaussian_features(), name)
+
+
+def fit_on(features: FeatureSet, name: str) -> Model:
+    wishes = Wishes(head=name, params=QUICK.get(name, {}))
+    return fit_features(features, wishes, provenance=PROVENANCE)[1]
 
 
 @pytest.fixture
@@ -277,10 +283,10 @@ def test_a_scikit_learn_model_that_is_no_archive_is_refused(tmp_path: Path, payl
 def test_a_scikit_learn_model_of_other_features_or_classes_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "m.model"
     model = fitted("sklearn:LogisticRegression")
-    other = fit_features(gaussian_features(d=4), head="sklearn:LogisticRegression")[1]
+    other = fit_on(gaussian_features(d=4), "sklearn:LogisticRegression")
     replace(model, arrays=other.arrays).save(path)
     assert "does not fit its features" in refusal(path)
-    other = fit_features(gaussian_features(k=2), head="sklearn:LogisticRegression")[1]
+    other = fit_on(gaussian_features(k=2), "sklearn:LogisticRegression")
     replace(model, arrays=other.arrays).save(path)
     assert "other classes than the model" in refusal(path)
     replace(model, rest={**model.rest, "n_classes": 2}).save(path)

@@ -14,7 +14,7 @@ from gaussians import gaussian_features
 
 from featcache.answers import ALL_WORDS, LabelledRows
 from featcache.evaluate.metrics import score
-from featcache.fitting import fit_features
+from featcache.fitting import Wishes, fit_features
 from featcache.model import Model
 from featcache.next_step import Scored, next_step
 from featcache.spec import FeatureNode
@@ -23,7 +23,7 @@ from featcache.spec import FeatureNode
 @pytest.fixture(scope="module")
 def model() -> Model:
     """Without scores of its own."""
-    return replace(fit_features(gaussian_features(), head="ncm", curve=False)[1], metrics={})
+    return replace(fit_features(gaussian_features(), Wishes(head="ncm", curve=False))[1], metrics={})
 
 
 def rows_of(

@@ -173,7 +173,7 @@ def test_the_budget_covers_the_choice_of_nodes(store: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(nodes_module, "choice_seconds", lambda *_, **__: 45.0)
     result = fit(store, nodes="auto", budget=45.0, curve=False, progress=Progress())
-    assert said == ["choosing among 3 nodes by 240 rows takes about 45 s of the 45 s of --budget"]
+    assert said == ["choosing among 3 nodes by 240 rows takes about 45 s, of the 45 s of --budget"]
     assert result.competition is not None
     assert [one.head for one in result.competition.contenders] == ["ncm"]  # one is tried whatever is left
     why = {one.head: one.why for one in result.competition.left_out}

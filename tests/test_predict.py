@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,8 +35,9 @@ from featcache.commands.predict import (
     json_list,
     predict,
     text_lines,
+    written_to_csv,
 )
-from featcache.errors import BackboneError, DataError, DeviceError, ModelError
+from featcache.errors import BackboneError, DataError, DeviceError, DiskError, ModelError
 from featcache.images.decode import load_pictures
 from featcache.images.identity import ImageFailure
 from featcache.inference import answer_batch
@@ -482,14 +484,46 @@ def test_the_shell_prints_a_line_an_image_in_every_format(work: Work, mixed: lis
     expected = ask(work, *mixed)
     for flags, said in (
         ([], expected.describe() + "\n"),
-        (["--csv"], expected.to_csv()),
+        (["--csv", "-"], expected.to_csv()),
         (["--json"], json.dumps(expected.to_json()) + "\n"),
         (["--jsonl"], "".join(json_lines(expected.predictions))),
     ):
         result = CliRunner().invoke(main, [*asked, *flags])
         assert (result.exit_code, result.stdout) == (3, said)
-    for two in (["--json", "--jsonl"], ["--csv", "--jsonl"], ["--csv", "--json"]):
+    for two in (["--json", "--jsonl"], ["--csv", "-", "--jsonl"], ["--csv", "-", "--json"]):
         assert CliRunner().invoke(main, [*asked, *two]).exit_code == 2
+
+
+def test_the_answers_are_written_to_a_file_as_well(work: Work, mixed: list[Path], tmp_path: Path) -> None:
+    asked = ["predict", str(work.model), *map(str, mixed), "--backbone", TOY, "-q"]
+    expected, table = ask(work, *mixed), tmp_path / "answers.csv"
+    as_json = json.dumps(expected.to_json()) + "\n"
+    for flags, said in (([], expected.describe() + "\n"), (["--json"], as_json)):  # the table is replaced
+        result = CliRunner().invoke(main, [*asked, *flags, "--csv", str(table)])
+        assert (result.exit_code, result.stdout) == (3, said)
+        assert table.read_text() == expected.to_csv()
+    assert [path.name for path in tmp_path.glob("*.csv")] == ["answers.csv"]
+
+
+def test_a_file_that_is_no_table_of_answers_is_kept(work: Work, tmp_path: Path) -> None:
+    own = tmp_path / "labels.csv"
+    own.write_text("path,label\na.png,red\n")
+    photo = shutil.copy(work.images[0], tmp_path / "a.png")
+    for taken in (own, photo, shutil.copy(work.model, tmp_path / "m.model")):
+        before = Path(taken).read_bytes()
+        result = CliRunner().invoke(main, ["predict", str(work.model), str(photo), "--csv", str(taken)])
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert result.stderr.endswith("would be replaced. Choose another --csv.\n")
+        assert Path(taken).read_bytes() == before
+
+
+def test_an_answer_file_that_is_not_complete_has_no_name(work: Work, tmp_path: Path) -> None:
+    predictions = written_to_csv(iter(ask(work, *work.images).predictions), tmp_path / "answers.csv")
+    next(predictions)
+    predictions.close()  # type: ignore[attr-defined]
+    assert not list(tmp_path.glob("*answers*"))
+    with pytest.raises(DiskError, match="No such file"):
+        list(written_to_csv(iter(()), tmp_path / "nowhere" / "answers.csv"))
 
 
 def test_an_interrupted_run_leaves_whole_lines(work: Work) -> None:

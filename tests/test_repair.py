@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from featcache import embedding, pipeline
+from featcache import pipeline
 from featcache.backbones import load_backbone
 from featcache.commands.embed import embed
 from featcache.commands.repair import RepairResult, repair
@@ -41,20 +41,15 @@ from featcache.store.opening import read_layout
 from featcache.store.reader import FeatureStore
 from featcache.store.writer import StoreWriter
 
+pytestmark = pytest.mark.usefixtures("small_blocks")
+
 TOY = "channel_mean:channel_mean"
 ROWS = 20  # in blocks of 8: 0-7, 8-15, 16-19
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedding, "BLOCK_ROWS", 8)
-
-
 @pytest.fixture
-def photos(tmp_path: Path, save_image: Callable[..., Path]) -> Path:
-    for i in range(ROWS):
-        save_image(tmp_path / "photos" / f"class{i // 10}" / f"{i:02d}.png", seed=i)
-    return tmp_path / "photos"
+def photos(save_images: Callable[..., Path]) -> Path:
+    return save_images(ROWS, lambda i: f"class{i // 10}/{i:02d}.png")
 
 
 @pytest.fixture
@@ -576,7 +571,7 @@ def test_an_image_that_hung_does_not_hang_the_repair(
 
     monkeypatch.setattr(pipeline, "IMAGE_SECONDS", 0.3)
     monkeypatch.setattr(pipeline, "load_pictures", hang)
-    monkeypatch.setattr("featcache.commands.repair.load_pictures", hang)
+    monkeypatch.setattr("featcache.needs.load_pictures", hang)
     embed(photos, store, backbone=TOY, batch_size=4, decoder="exact")
     begun = time.monotonic()
     result = fix(store)

@@ -12,7 +12,7 @@ import pytest
 from faults.damage import KINDS, Versions, choose_change, parts_of
 from test_embed import TOY, counts, no_decoding, stop_after
 
-from featcache import embedding, reuse
+from featcache import reuse
 from featcache.commands.embed import EmbedResult, embed
 from featcache.commands.explain import explain
 from featcache.commands.fit import fit
@@ -26,22 +26,17 @@ from featcache.store.layout import Region
 from featcache.store.opening import read_layout
 from featcache.store.reader import FeatureStore
 
+pytestmark = pytest.mark.usefixtures("small_blocks")
+
 ROWS = 20  # in blocks of 8: 0-7, 8-15, 16-19
 ROUNDS = 5  # of every kind of damage
 STATIC = ("ids", "labels", "splits", "classes", "seal", "gaps")
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedding, "BLOCK_ROWS", 8)
-
-
 @pytest.fixture
-def photos(tmp_path: Path, save_image: Callable[..., Path]) -> Path:
-    for i in range(ROWS):
-        # Of the size that is asked for, which every decoder leaves alone: which made a row is not known here.
-        save_image(tmp_path / "photos" / f"class{i // 10}" / f"{i:02d}.png", seed=i, size=(8, 8))
-    return tmp_path / "photos"
+def photos(save_images: Callable[..., Path]) -> Path:
+    # Of the size that is asked for, which every decoder leaves alone: which made a row is not known here.
+    return save_images(ROWS, lambda i: f"class{i // 10}/{i:02d}.png", size=(8, 8))
 
 
 @pytest.fixture

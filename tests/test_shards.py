@@ -36,11 +36,9 @@ BATCH = 8
 
 
 @pytest.fixture
-def photos(tmp_path: Path, save_image: Callable[..., Path]) -> Path:
+def photos(save_images: Callable[..., Path]) -> Path:
     """24 images of two classes."""
-    for i in range(24):
-        save_image(tmp_path / "photos" / f"class{i % 2}" / f"{i}.png", seed=i)
-    return tmp_path / "photos"
+    return save_images(24, lambda i: f"class{i % 2}/{i}.png")
 
 
 @pytest.fixture

@@ -35,10 +35,8 @@ def loud():
 
 
 @pytest.fixture
-def photos(tmp_path: Path, save_image: Callable[..., Path]) -> Path:
-    for i in range(6):
-        save_image(tmp_path / "photos" / f"c{i % 2}" / f"{i}.png", seed=i)
-    return tmp_path / "photos"
+def photos(save_images: Callable[..., Path]) -> Path:
+    return save_images(6, lambda i: f"c{i % 2}/{i}.png")
 
 
 def shell(command: str, *, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -14,22 +14,21 @@ from conftest import make_toy_store, write_toy_blocks
 
 from featcache import embedding
 from featcache.commands.embed import embed
-from featcache.commands.verify import OtherImages, VerifyResult, _compare, verify
+from featcache.commands.verify import VerifyResult, _compare, verify
 from featcache.engines.torch_eager import TorchEager
 from featcache.errors import DamagedStore, DataError, StoreError
 from featcache.store.blocks import BlockState
 from featcache.store.opening import read_layout
 from featcache.store.reader import FeatureStore
 from featcache.store.writer import StoreWriter
+from featcache.verification import OtherImages
 
 TOY = "channel_mean:channel_mean"
 
 
 @pytest.fixture
-def photos(tmp_path: Path, save_image: Callable[..., Path]) -> Path:
-    for i in range(10):
-        save_image(tmp_path / "photos" / f"c{i % 2}" / f"{i}.png", seed=i)
-    return tmp_path / "photos"
+def photos(save_images: Callable[..., Path]) -> Path:
+    return save_images(10, lambda i: f"c{i % 2}/{i}.png")
 
 
 @pytest.fixture

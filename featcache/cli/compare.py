@@ -9,7 +9,7 @@ import click
 
 from featcache.cli.group import emit, main
 from featcache.cli.heads import seed_option
-from featcache.cli.options import json_option, no_check_option, quiet_option
+from featcache.cli.options import GROUPINGS, json_option, no_check_option, quiet_option
 
 
 @main.command(short_help="Say which store, nodes or head is better, and how surely.")
@@ -27,8 +27,7 @@ from featcache.cli.options import json_option, no_check_option, quiet_option
     help="For the choice of each automatic head, as for fit.",
 )  # fmt: skip
 @click.option(
-    "--group-by", metavar="folder|folder:N|FILE.csv:COLUMN|similar[:COSINE]",
-    help="As for fit, by the rows of the first store.",
+    "--group-by", metavar=GROUPINGS, help="As for fit, by the rows of the first store.",
 )  # fmt: skip
 @no_check_option
 @seed_option(

@@ -20,6 +20,8 @@ from featcache.cli.options import (
     shard_option,
 )
 
+_DEFAULT = "resnet18"
+
 
 @main.command(short_help="Embed images into feature stores, only what they lack.")
 @click.argument("data", type=click.Path(path_type=Path))
@@ -28,9 +30,9 @@ from featcache.cli.options import (
     help="The feature store to make or to bring up to date; with {backbone} in it, one for each backbone.",
 )  # fmt: skip
 @click.option(
-    "--backbone", "backbones", multiple=True, default=("resnet18",), show_default=True, metavar="NAME",
+    "--backbone", "backbones", multiple=True, metavar="NAME",
     help="A name of `featcache backbones`, NAME@WEIGHTS, or your own module:function; repeatable: each has a "
-    "store, and images are decoded once.",
+    f"store, and images are decoded once. Default: the store's own; of a new store {_DEFAULT}.",
 )  # fmt: skip
 @embed_options
 @click.option(
@@ -62,26 +64,34 @@ def embed(
     new or changed. Exit code 3: done, but some images failed.
     """
     from featcache.commands.embed import EmbedResults, embed_together
+    from featcache.commands.embed import embed as run
     from featcache.images.decode import silence_pillow_warnings
     from featcache.progress import make_progress
-    from featcache.spec import PENULTIMATE
+    from featcache.update import EmbedResult
 
     silence_pillow_warnings()
-    options["nodes"] = options["nodes"] or (PENULTIMATE,)
+    options["nodes"] = options["nodes"] or None
     outputs = _store_names(output, backbones)
     if len(outputs) > 1 and options["weights"] not in (None, "random"):
         raise click.UsageError("--weights FILE is of one backbone: embed it in a run of its own.")
-    results = embed_together(data, outputs, progress=make_progress(quiet=quiet), **options)
+    options["progress"] = make_progress(quiet=quiet)
+    if len(outputs) == 1:
+        ((name, store),) = outputs.items()
+        results: tuple[EmbedResult, ...] = (run(data, store, backbone=name, **options),)
+    else:
+        results = embed_together(data, {str(name): store for name, store in outputs.items()}, **options)
     emit(results[0] if len(results) == 1 else EmbedResults(results), as_json=as_json)
     if any(result.failed for result in results):
         ctx.exit(DONE_WITH_SKIPS)
 
 
-def _store_names(output: str, backbones: tuple[str, ...]) -> dict[str, Path]:
-    """{backbone: its store}; usage errors where two of them would have one."""
-    names = dict.fromkeys(backbones)
+def _store_names(output: str, backbones: tuple[str, ...]) -> dict[str | None, Path]:
+    """{backbone: its store}, None where none is named; usage errors where two of them would have one."""
     for other in set(re.findall(r"\{\w*\}", output)) - {"{backbone}"}:
         raise click.UsageError(f"{other} in --output is not known; {{backbone}} is where the name goes.")
+    if not backbones and "{backbone}" not in output:
+        return {None: Path(output)}
+    names = dict.fromkeys(backbones or (_DEFAULT,))
     if len(names) > 1 and "{backbone}" not in output:
         raise click.UsageError(
             f"{len(names)} backbones need a store each: write {{backbone}} where their names go, "
@@ -93,7 +103,7 @@ def _store_names(output: str, backbones: tuple[str, ...]) -> dict[str, Path]:
         raise click.UsageError(
             "two of the backbones would have one store: " + ", ".join(map(str, stores.values()))
         )
-    return stores
+    return dict(stores.items())
 
 
 @main.command(short_help="Say what embedding will take, and what is the wall.")
@@ -103,8 +113,7 @@ def _store_names(output: str, backbones: tuple[str, ...]) -> dict[str, Path]:
     help="A store, there or not: what it has is not embedded again.",
 )  # fmt: skip
 @click.option(
-    "--backbone", "backbones", multiple=True, default=("resnet18",), show_default=True, metavar="NAME",
-    help="As for embed, but one of them.",
+    "--backbone", "backbones", multiple=True, metavar="NAME", help="As for embed, but one of them.",
 )  # fmt: skip
 @embed_options
 @json_option
@@ -125,16 +134,15 @@ def plan(
     from featcache.commands.plan import plan as run
     from featcache.images.decode import silence_pillow_warnings
     from featcache.progress import make_progress
-    from featcache.spec import PENULTIMATE
 
     silence_pillow_warnings()
-    options["nodes"] = options["nodes"] or (PENULTIMATE,)
+    options["nodes"] = options["nodes"] or None
     if len(backbones) > 1:
         raise click.UsageError(
             "plan takes one --backbone: plan each by itself. In one pass together they take less than the "
             "sum, by what decoding takes."
         )
-    options["backbone"] = backbones[0]
+    options["backbone"] = backbones[0] if backbones else None
     if output is not None:
-        options["output"] = _store_names(str(output), backbones)[backbones[0]]
+        ((options["backbone"], options["output"]),) = _store_names(str(output), backbones).items()
     emit(run(data, progress=make_progress(quiet=quiet), **options), as_json=as_json)

@@ -11,6 +11,7 @@ import click
 
 from featcache.disk import keep_standard_streams
 from featcache.errors import FeatcacheError
+from featcache.tuning.launched import tells_for_machine
 
 DONE_WITH_SKIPS = 3
 
@@ -33,8 +34,13 @@ class _Verbs(click.Group):
             _require_folder()
             return super().invoke(ctx)
         except FeatcacheError as exc:
-            _say_lines(f"Error: {exc}", exc)
+            if not exc.told_elsewhere:
+                _say_lines(f"Error: {exc}", exc)
             ctx.exit(1)
+        except click.UsageError as exc:
+            if tells_for_machine():
+                raise
+            ctx.exit(exc.exit_code)
         except KeyboardInterrupt as exc:
             _say_lines("Interrupted.", exc)
             ctx.exit(143 if isinstance(exc, _Terminated) else 130)

@@ -10,6 +10,7 @@ import click
 
 from featcache.cli.group import emit, main
 from featcache.cli.options import (
+    GROUPINGS,
     json_option,
     no_check_option,
     quiet_option,
@@ -71,7 +72,7 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) 
     help="Lower the score of a class by TAU times the logarithm of its share of the training rows.",
 )  # fmt: skip
 @click.option(
-    "--group-by", metavar="folder|folder:N|FILE.csv:COLUMN|similar[:COSINE]",
+    "--group-by", metavar=GROUPINGS,
     help="Images of a group, such as a series or near-copies, stay on one side of every split.",
 )  # fmt: skip
 @click.option(

@@ -56,7 +56,8 @@ views_option = click.option(
     "csv_file",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Write path,label,predicted,probability,correct of every image.",
+    help="Also write path,label,predicted,probability,correct of every image to FILE. Of files that are "
+    "there only such a table is replaced.",
 )
 @views_option
 @json_option
@@ -108,9 +109,10 @@ def evaluate(
     help="Give no label to an image whose most probable class is less probable.",
 )
 @click.option(
-    "--csv", "as_csv", is_flag=True,
-    help="Print CSV: path,label,guess,probability,error. The label is empty below --abstain-below, the guess "
-    "stays.",
+    "--csv", "csv_file", type=click.Path(path_type=Path, dir_okay=False, allow_dash=True), metavar="FILE",
+    help="Also write path,label,guess,probability,error of every image to FILE, or print them alone: -. The "
+    "label is empty below --abstain-below, the guess stays. Of files that are there only such a table is "
+    "replaced.",
 )  # fmt: skip
 @json_option
 @click.option("--jsonl", "as_jsonl", is_flag=True, help="Print a JSON object a line, whole at any moment.")
@@ -132,7 +134,7 @@ def predict(
     *,
     as_json: bool,
     as_jsonl: bool,
-    as_csv: bool,
+    csv_file: Path | None,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -144,22 +146,27 @@ def predict(
     """
     from featcache.commands import predict as verb
     from featcache.images.decode import silence_pillow_warnings
+    from featcache.outputs import require_csv
     from featcache.progress import make_progress
 
     silence_pillow_warnings()
+    as_csv = csv_file == Path("-")
     if as_json + as_jsonl + as_csv > 1:
-        raise click.UsageError("--json, --jsonl and --csv exclude one another.")
+        raise click.UsageError("--json, --jsonl and --csv - exclude one another.")
+    if csv_file is not None and not as_csv:
+        require_csv(csv_file, verb.CSV_HEADER, option="--csv", needed={"the model": model})
     # On a terminal the answers are the progress.
     progress = make_progress(quiet=quiet or sys.stdout.isatty())
     stream = verb.iter_predictions(model, images, progress=progress, **options)
+    told = stream if csv_file is None or as_csv else verb.written_to_csv(stream, csv_file)
     if as_csv:
-        _write_pieces(verb.csv_lines(stream))
+        _write_pieces(verb.csv_lines(told))
     elif as_json:
-        _write_pieces(verb.json_list(stream))
+        _write_pieces(verb.json_list(told))
     elif as_jsonl:
-        _write_pieces(verb.json_lines(stream))
+        _write_pieces(verb.json_lines(told))
     else:
-        _write_pieces(verb.text_lines(stream, width=stream.width))
+        _write_pieces(verb.text_lines(told, width=stream.width))
     for note in stream.notes:
         click.echo(note, err=as_json or as_jsonl or as_csv)
     if stream.failed:

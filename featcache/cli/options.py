@@ -61,6 +61,9 @@ allowed_backbone_option = click.option(
 )
 
 
+GROUPINGS = "folder|folder:N|FILE.csv:COLUMN|similar[:COSINE]"
+
+
 def _choose_shard(ctx: click.Context, parameter: click.Parameter, value: str | None) -> Any:
     from featcache.sharding import Shard, shard_of_environment
 
@@ -79,35 +82,40 @@ shard_option = click.option(
 )  # fmt: skip
 
 
+_OWN = "Default: the store's own; of a new store"
+
 # What determines features and how they are computed, the same for `embed` and `plan`.
 EMBED_OPTIONS = (
     click.option(
         "--weights", metavar="FILE|random",
-        help="A .safetensors or .pth file instead of the pretrained weights, or seeded random ones.",
+        help=f"A .safetensors or .pth file, or seeded random ones. {_OWN} the pretrained ones.",
     ),
-    seed_option,
+    click.option(
+        "--seed", type=click.IntRange(0, (1 << 63) - 1),
+        help=f"Of random weights and of augmented views. {_OWN} 0.",
+    ),
     click.option(
         "--node", "nodes", multiple=True, metavar="NAME[:avg|max|cls|flat]",
-        help="A node of the backbone's graph; repeatable. Default: the penultimate features.",
+        help=f"A node of the backbone's graph; repeatable. {_OWN} the penultimate features.",
     ),
     click.option(
-        "--views", type=click.IntRange(1, 1000), default=1, show_default=True, metavar="K",
-        help="Vectors of each image: of the plain one and of K - 1 augmented ones.",
+        "--views", type=click.IntRange(1, 1000), metavar="K",
+        help=f"Vectors of each image: of the plain one and of K - 1 augmented ones. {_OWN} 1.",
     ),
     root_option,
     follow_links_option,
     device_option,
     click.option(
-        "--precision", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32",
-        show_default=True, help="Of the forward pass.",
+        "--precision", type=click.Choice(["float32", "bfloat16", "float16"]),
+        help=f"Of the forward pass. {_OWN} float32.",
     ),
     click.option(
-        "--store-dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True,
-        help="Of the stored features.",
+        "--store-dtype", type=click.Choice(["float32", "float16"]),
+        help=f"Of the stored features. {_OWN} float32.",
     ),
     click.option(
-        "--jpeg-scaled", "jpeg", is_flag=True, flag_value="scaled", default="full",
-        help="Let the decoder shrink large JPEGs: faster, and other features.",
+        "--jpeg-scaled", "jpeg", is_flag=True, flag_value="scaled", default=None,
+        help="Let the decoder shrink large JPEGs: faster, and other features. Default: as the store has it.",
     ),
     click.option(
         "--engine", type=click.Choice(["auto", "torch-eager", "torch-compiled", "onnx"]), default="auto",
@@ -116,7 +124,8 @@ EMBED_OPTIONS = (
     ),
     click.option(
         "--decoder", type=click.Choice(["auto", "exact", "fast"]), default="auto", show_default=True,
-        help="What resizes images: exactly as torchvision on PIL images, or within 2 of 255 of it.",
+        help="What resizes images: exactly as torchvision on PIL images, or within 2 of 255 of it. auto: the "
+        "store's own; for a new store fast, if its features agree.",
     ),
     batch_size_option,
     workers_option,

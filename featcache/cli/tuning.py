@@ -11,6 +11,7 @@ import click
 
 from featcache.cli.group import emit, main
 from featcache.cli.options import (
+    GROUPINGS,
     allowed_backbone_option,
     device_option,
     follow_links_option,
@@ -106,6 +107,11 @@ def _settings(command: Callable[..., Any]) -> Callable[..., Any]:
 )  # fmt: skip
 @_settings
 @click.option(
+    "--group-by", metavar=GROUPINGS,
+    help="As for fit: a group is trained on, chosen on or scored as a whole. similar: by what MODEL's head "
+    "gets.",
+)  # fmt: skip
+@click.option(
     "--cache", type=click.Choice(["auto", "yes", "no"]), default="auto", show_default=True,
     help="Keep the activations at the cut in MODEL2.tail.h5, and train from there. auto: if that is faster.",
 )  # fmt: skip
@@ -141,9 +147,10 @@ def finetune(model: Path, data: Path, *, as_json: bool, quiet: bool, **options: 
     from featcache.commands.finetune import finetune as run
     from featcache.images.decode import silence_pillow_warnings
     from featcache.progress import make_progress
-    from featcache.tuning.launched import is_first_rank
+    from featcache.tuning.launched import errors_told_once, is_first_rank
 
     silence_pillow_warnings()
-    result = run(model, data, progress=make_progress(quiet=quiet), **options)
+    with errors_told_once():
+        result = run(model, data, progress=make_progress(quiet=quiet), **options)
     if is_first_rank():
         emit(result, as_json=as_json)

@@ -25,15 +25,14 @@ from featcache.evaluate.metrics import Metrics
 from featcache.evaluate.report import aligned_lines
 from featcache.evaluate.select import OutOfFold
 from featcache.evaluate.splits import Groups, number_units
-from featcache.fitting import AUTO, BUDGET, FitResult, HeldOut, choose_rows, fit_features
-from featcache.fitting.advice import spell_options
-from featcache.fitting.choice import Wishes
+from featcache.fitting import FitResult, HeldOut, choose_rows, fit_features
+from featcache.fitting.wishes import AUTO, BUDGET, Wishes
 from featcache.images.paths import show_path
 from featcache.joining import join_rows
 from featcache.progress import Progress, SilentProgress
 from featcache.store.features import FeatureSet
 from featcache.store.reader import FeatureStore
-from featcache.words import show_text
+from featcache.words import show_text, spell_options
 
 ALL_NODES = "all"  # a set of nodes: all of the store
 _HEADLINE = (
@@ -162,7 +161,7 @@ def compare(
     fitted.
     """
     progress = progress or SilentProgress()
-    wishes = {head: Wishes(head=head, budget=budget) for head in heads}
+    wishes = {head: Wishes(head=head, budget=budget, seed=seed, curve=False) for head in heads}
     for wish in wishes.values():
         wish.require_savable()  # before hours of work
     opened = [FeatureStore.open(path, check=check) for path in _once_each(stores)]
@@ -185,15 +184,7 @@ def compare(
     for one in asked:
         with_views = wishes[one.head].uses_views  # as `fit` has it
         features = shared.of(one.store.features(one.nodes, with_views=with_views), one.which)
-        result, _ = fit_features(
-            features,
-            head=one.head,
-            seed=seed,
-            budget=budget,
-            groups=groups,
-            curve=False,
-            progress=progress,
-        )
+        result, _ = fit_features(features, wishes[one.head], groups=groups, progress=progress)
         fitted.append(_Fitted(asked=one, result=result, units=_Units.of(features, groups)))
     options = spell_options(
         {"--group-by": (group_by, None), "--budget": (budget, BUDGET), "--seed": (seed, 0)}

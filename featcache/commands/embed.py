@@ -15,7 +15,7 @@ from featcache.images import scan_images
 from featcache.options import EmbedOptions
 from featcache.progress import Progress
 from featcache.sharding import Shard
-from featcache.spec import PENULTIMATE, JpegScale, Precision, StoreDtype
+from featcache.spec import JpegScale, Precision, StoreDtype
 from featcache.together import carry_out_together
 from featcache.update import EmbedResult, EmbedResults, preview_update, update_shard, update_store
 
@@ -26,17 +26,17 @@ def embed(
     data: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    backbone: str = "resnet18",
+    backbone: str | None = None,
     weights: str | None = None,
-    seed: int = 0,
-    nodes: Sequence[str] = (PENULTIMATE,),
-    views: int = 1,
+    seed: int | None = None,
+    nodes: Sequence[str] | None = None,
+    views: int | None = None,
     root: str | os.PathLike[str] | None = None,
     follow_links: bool = False,
     device: str = "auto",
-    precision: Precision = "float32",
-    store_dtype: StoreDtype = "float32",
-    jpeg: JpegScale = "full",
+    precision: Precision | None = None,
+    store_dtype: StoreDtype | None = None,
+    jpeg: JpegScale | None = None,
     engine: str = AUTO,
     decoder: str = AUTO,
     isolate: bool = False,
@@ -49,6 +49,10 @@ def embed(
     progress: Progress | None = None,
 ) -> EmbedResult:
     """Embed the images of `data` with a frozen backbone into the feature store `output`.
+
+    What determines the features and is None is what the store at `output` has; for a new store it is the
+    backbone resnet18 with its pretrained weights, the seed 0, the penultimate node, one view, float32 as
+    precision and store_dtype, and the jpeg "full".
 
     data: a folder of class folders, the same under train/ val/ test/, or a CSV `path,label[,split]` with
         paths relative to `root` (default: the CSV's folder).
@@ -106,11 +110,11 @@ def embed_together(
     outputs: {backbone: its feature store}. options: those of `embed`, each for all of them; `weights` that
     are a file can be of one backbone only. Whatever is raised for one store ends the run of all.
     """
-    return _embed(Path(data), outputs, EmbedOptions(**options))
+    return _embed(Path(data), dict(outputs.items()), EmbedOptions(**options))
 
 
 def _embed(
-    data: Path, outputs: Mapping[str, str | os.PathLike[str]], options: EmbedOptions
+    data: Path, outputs: Mapping[str | None, str | os.PathLike[str]], options: EmbedOptions
 ) -> tuple[EmbedResult, ...]:
     begun = time.perf_counter()
     if not outputs or len({os.path.realpath(output) for output in outputs.values()}) < len(outputs):

@@ -43,6 +43,7 @@ from featcache.store.files import begins_as_store
 from featcache.words import name_some, plural, show_text
 
 SPLIT_CHOICES = (*SPLITS, ALL)
+CSV_HEADER = "path,label,predicted,probability,correct\n"
 _SHOWN = 5  # failures named
 
 
@@ -128,7 +129,7 @@ def evaluate_model(
     split: test, val, train or all; by default test where there is one, else val, else all.
     abstain_below: also say what answering only from this probability would give. csv_file: where to write
     path, label, predicted class, its probability and whether it is right, a row a line; of files that are
-    there only a .csv is replaced. Where it cannot be written, the error has the scores as its notes.
+    there only such a table is replaced. Where it cannot be written, the error has the scores as its notes.
     views: average over so many views of each image, drawn by `seed`, or as the store has them.
     The other options are those of `iter_predictions` and are for images.
 
@@ -143,7 +144,7 @@ def evaluate_model(
     fitted, where, shown = Model.load(Path(model)), show_path(Path(model)), show_path(Path(data))
     if csv_file is not None:
         needed = {"the model": Path(model), "the data": Path(data)}
-        require_csv(Path(csv_file), option="--csv", needed=needed)
+        require_csv(Path(csv_file), CSV_HEADER, option="--csv", needed=needed)
     source = _open_source(
         fitted,
         Path(data),
@@ -285,8 +286,8 @@ def _notes(fitted: Model, everything: LabelledRows, scored: LabelledRows, traine
 
 def _to_csv(fitted: Model, rows: LabelledRows, answers: Answers) -> str:
     text = io.StringIO()
+    text.write(CSV_HEADER)
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", "label", "predicted", "probability", "correct"])
     for path, label, row in zip(rows.ids, rows.y.tolist(), answers.probabilities, strict=True):
         name, best = rows.classes[label], int(row.argmax())
         if path in answers.failed:

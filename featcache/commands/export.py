@@ -17,13 +17,13 @@ from featcache.disk import disk_errors, whole_or_nothing
 from featcache.errors import ExportError, ModelError, NotAStore
 from featcache.exporting import Format, choose_output, find_format, require_libraries
 from featcache.exporting.agreement import Agreement, prove
-from featcache.exporting.card import Written, write_card
+from featcache.exporting.card import SIGN, Written, write_card
 from featcache.exporting.pictures import gather_pictures
 from featcache.exporting.subject import PIXELS, Pixels, Subject
 from featcache.images.paths import show_path
 from featcache.inference import load_network
 from featcache.model import Model
-from featcache.outputs import require_beginning, require_replaceable, turn_in
+from featcache.outputs import require_beginning, require_exported, require_replaceable, turn_in
 from featcache.progress import Progress, SilentProgress
 from featcache.store.reader import FeatureStore
 from featcache.words import plural
@@ -102,6 +102,7 @@ def export(
     network = load_network(fitted, where=where, weights=weights, allowed=backbone)
     weights_file = Path(network.weights.path) if network.weights.path else None
     require_replaceable(path, option="--output", needed={"the weights file of its network": weights_file})
+    require_exported(path, _card_of(path), sign=SIGN, option="--output")
     subject = Subject(where=where, model=fitted, backbone=network, pixels=pixels or "uint8")
     return _export_model(
         subject, path, row, images=[Path(image) for image in images], progress=progress or SilentProgress()
@@ -117,9 +118,10 @@ def _export_model(
     progress.advance(1)
     data = module.encode(subject)
     progress.advance(1)
-    card = path.with_name(path.name + ".md")
+    card = _card_of(path)
     # Both are written before one has its name, and nobody's come between them: no file has another's card.
-    with ExitStack() as turn, whole_or_nothing(card) as card_temporary, whole_or_nothing(path) as temporary:
+    # The card is named first: what a run that is killed in between leaves is known by it, and is replaced.
+    with ExitStack() as turn, whole_or_nothing(path) as temporary, whole_or_nothing(card) as card_temporary:
         with disk_errors(path, doing="writing"):
             temporary.write_bytes(data)
         proof = prove(subject, module.load(temporary, subject), pictures, rounds=row.rounds)
@@ -141,6 +143,10 @@ def _export_model(
         agreement=proof.agreement,
         notes=proof.notes,
     )
+
+
+def _card_of(path: Path) -> Path:
+    return path.with_name(path.name + ".md")
 
 
 def _export_features(source: Path, path: Path, row: Format) -> ExportResult:

@@ -37,6 +37,7 @@ def finetune(
     follow_links: bool = False,
     weights: str | None = None,
     backbone: str | None = None,
+    group_by: str | None = None,
     cache: Cache = "auto",
     store_dtype: StoreDtype = "float16",
     engine: str = AUTO,
@@ -53,6 +54,8 @@ def finetune(
 
     model: of a linear head. data, root, follow_links: as for `embed`. weights, backbone: as for `predict`.
     settings: the fields of `featcache.tuning.settings.Settings`.
+    group_by: as for `fit`; "similar" by the features that the model's head gets. No group is on both sides of
+        training, choosing and scoring, but for splits that the data has.
     cache: "yes" keeps the activations at the cut in `output`.tail.h5, in `store_dtype`, and trains on them;
         "no" decodes and computes them every epoch; "auto" does what is measured to be faster.
     engine: of the frozen part while it is cached. max_failures: the share of images that may be unusable.
@@ -75,6 +78,7 @@ def finetune(
         follow_links=follow_links,
         weights=weights,
         backbone=backbone,
+        group_by=group_by,
         cache=cache,
         store_dtype=store_dtype,
         engine=engine,

@@ -11,23 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from featcache.disk import write_atomically
-from featcache.errors import FeatcacheError, HeadError, ModelError
+from featcache.errors import FeatcacheError, ModelError
 from featcache.evaluate.groups import find_groups
-from featcache.fitting import AUTO, BUDGET, Files, FitResult, fit_features
-from featcache.fitting.advice import spell_options
-from featcache.fitting.choice import Wishes
+from featcache.fitting import Files, FitResult, fit_features
 from featcache.fitting.nodes import pick_nodes
+from featcache.fitting.wishes import AUTO, BUDGET, TRIES, Wishes
 from featcache.heads.parameters import parse_params
-from featcache.images.paths import is_inside, show_path
-from featcache.model import Model
+from featcache.images.paths import is_inside
+from featcache.model import Model, begins_as_model
 from featcache.origin import find_origin, find_root
+from featcache.outputs import require_model
 from featcache.progress import Progress
 from featcache.request import EmbedRequest
-from featcache.store.files import begins_as_store
 from featcache.store.reader import FeatureStore
 from featcache.words import show_text
-
-TRIES = 10
 
 
 def fit(
@@ -64,7 +61,8 @@ def fit(
     curve: accuracy by parts of the training rows; None: where there is time. budget: seconds, about, for
     choosing nodes, for the competition and for that curve. device: "cuda" or "auto" for the heads
     that can use one; None: as each does by itself. check: compare the store with its checksums first.
-    HeadError, StoreError, DiskError: what stands in the way, in one line.
+    HeadError, StoreError, DataError, DiskError: what stands in the way, in one line; among it anything but a
+    model and its report where these are to be.
     """
     started = time.perf_counter()
     wishes = Wishes(
@@ -74,13 +72,16 @@ def fit(
         budget=budget,
         class_weight=class_weight,
         logit_adjustment=logit_adjustment,
+        precision=precision,
+        shots=shots,
+        tries=tries,
+        curve=curve,
         device=device,
     )
     wishes.require_savable()  # before hours of work, as all that can be refused now
+    path = Path(output) if output is not None else Path(f"{os.path.splitext(store)[0]}.model")
+    require_model(path, option="--output", needed={})
     with FeatureStore.open(store, check=check) as opened:
-        path = Path(output) if output is not None else Path(store).with_suffix(".model")
-        report_path = path.with_name(path.name + ".json")
-        _require_place(path, report_path)
         groups = find_groups(group_by, opened.features(), progress=progress) if group_by else None
         picked = pick_nodes(
             opened,
@@ -95,19 +96,8 @@ def fit(
         features = opened.features(picked.keys, with_views=wishes.uses_views)
         result, model = fit_features(
             features,
-            head=head,
-            params=params,
-            seed=seed,
-            budget=budget,
-            spent=picked.seconds,
-            class_weight=class_weight,
-            logit_adjustment=logit_adjustment,
+            replace(wishes, spent=picked.seconds),
             groups=groups,
-            precision=precision,
-            shots=shots,
-            tries=tries,
-            curve=curve,
-            device=device,
             provenance=dict(opened.provenance),
             progress=progress,
         )
@@ -120,28 +110,12 @@ def fit(
         model=str(path),
         node_choice=picked.choice,
         other_nodes=others,
-        files=replace(
-            files,
-            head_options=_param_options(params or {}),
-            fit_options=spell_options(
-                {
-                    "--class-weight": (class_weight, None),
-                    "--logit-adjustment": (logit_adjustment, None),
-                    "--wish-precision": (precision, None),
-                    "--budget": (budget, BUDGET),
-                    "--shots": (",".join(str(n) for n in shots), ""),
-                    "--tries": (tries, TRIES),
-                    "--device": (device, None),
-                    "--seed": (seed, 0),
-                }
-            )
-            + _curve_option(curve),
-        ),
+        files=replace(files, head_options=_param_options(params or {}), fit_options=wishes.spell()),
         replaced=replaced,
         seconds=time.perf_counter() - started,
     )
     report = json.dumps(result.to_json(), indent=2) + "\n"
-    write_atomically(report_path, report.encode())
+    write_atomically(path.with_name(f"{path.name}.json"), report.encode())
     return result
 
 
@@ -152,36 +126,14 @@ def _param_options(params: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(word for name, value in said.items() for word in ("--param", f"{name}={value}"))
 
 
-def _curve_option(curve: bool | None) -> tuple[str, ...]:
-    if curve is None:
-        return ()
-    return ("--curve",) if curve else ("--no-curve",)
-
-
-def _require_place(*written: Path) -> None:
-    """HeadError where a file cannot be written, or is a feature store now, which costs more to make."""
-    for path in written:
-        if begins_as_store(path):
-            raise HeadError(
-                f"{show_path(path)} is a feature store, which would be replaced. Choose another --output."
-            )
-        if path.is_dir():
-            raise HeadError(f"{show_path(path)} is a folder. Name a file in it as --output.")
-        if not path.parent.is_dir():
-            raise HeadError(
-                f"there is no folder {show_path(path.parent)} for {show_path(path.name)}. Make it, or choose "
-                "another --output."
-            )
-
-
 def _describe_model(path: Path) -> str | None:
     """What a model file that is about to be replaced says of itself; None where there is none."""
-    if not path.exists():
+    if not begins_as_model(path):
         return None
     try:
         former = Model.load(path)
     except ModelError:
-        return "another file"
+        return "a damaged model"
     accuracy, n = former.metrics.get("accuracy"), former.metrics.get("n")
     said = f"{former.head_name} on {' + '.join(node.key for node in former.nodes)}"
     if not isinstance(accuracy, float) or not isinstance(n, int):
@@ -204,21 +156,9 @@ def _files(opened: FeatureStore, *, store: Path, model: Path) -> Files:
 
 def _embed_options(request: EmbedRequest, origin: Mapping[str, Any]) -> Iterator[str]:
     """Those of `featcache embed` that ask for the features of the store, but for what is the default."""
-    yield from ("--backbone", request.backbone)
-    for node in request.nodes:
-        yield from ("--node", node)
-    spoken = {
-        "--weights": (request.weights, None),
-        "--seed": (request.seed, 0),
-        "--views": (request.views, 1),
-        "--precision": (request.precision, "float32"),
-        "--store-dtype": (request.store_dtype, "float32"),
-        "--root": (origin["root"], None),
-    }
-    for option, (value, default) in spoken.items():
-        if value != default:
-            yield from (option, str(value))
-    yield from ["--jpeg-scaled"] * (request.jpeg == "scaled")
+    yield from request.spell()
+    if origin["root"] is not None:
+        yield from ("--root", str(origin["root"]))
     yield from ["--follow-links"] * origin["follow_links"]
 
 

@@ -108,7 +108,8 @@ def _model_facts(path: Path, model: Model) -> dict[str, Any]:
         "fine-tuned": bool(model.network),
         "spec": model.spec.flat(),
         "fingerprint": model.fingerprint,
-        "weights": f"{model.weights['source']}, {model.weights['label']}",
+        "weights": _weights_words(model.weights),
+        **({"weights at first": _weights_words(model.first_weights)} if model.network else {}),
         "metrics": {
             name: value for name, value in model.metrics.items() if name not in _TABLES and value is not None
         },

@@ -17,6 +17,7 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache.disk import disk_errors, whole_or_nothing
 from featcache.engines import AUTO
 from featcache.images import find_images
 from featcache.images.identity import ImageFailure
@@ -113,6 +114,19 @@ def csv_lines(predictions: Iterable[Prediction]) -> Iterator[str]:
     yield CSV_HEADER
     for prediction in predictions:
         yield prediction.to_csv()
+
+
+def written_to_csv(predictions: Iterable[Prediction], path: Path) -> Iterator[Prediction]:
+    """The predictions, written on the way to a file that gets its name `path` once it has all. DiskError."""
+    with (
+        whole_or_nothing(path) as temporary,
+        disk_errors(path, doing="writing"),
+        open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+    ):
+        file.write(CSV_HEADER)
+        for prediction in predictions:
+            file.write(prediction.to_csv())
+            yield prediction
 
 
 def json_lines(predictions: Iterable[Prediction]) -> Iterator[str]:

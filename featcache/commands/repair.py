@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,18 +18,15 @@ from numpy.typing import NDArray
 
 from featcache.embedder import Embedder
 from featcache.embedding import Embedded, Embedding, failure_lines
-from featcache.errors import DataError, DiskError, StoreError
-from featcache.images.decode import load_pictures
-from featcache.images.identity import ImageFailure, file_stat
-from featcache.images.paths import resolve, show_path
-from featcache.origin import find_origin, find_root, follows_links, image_file
-from featcache.pipeline import load_in_time
+from featcache.errors import DiskError, StoreError
+from featcache.images.paths import show_path
+from featcache.needs import Need, look_for_needs
+from featcache.origin import find_origin
 from featcache.processors import usable_processors
 from featcache.progress import Progress, SilentProgress
-from featcache.records import NO_FILE, FileStat, RowStatus
+from featcache.records import RowStatus
 from featcache.request import RecordedBackbone, require_sizes
 from featcache.reuse import CachedRows, ReusePlan
-from featcache.spec import Picture
 from featcache.store.blocks import BlockCheck
 from featcache.store.files import StoreFiles
 from featcache.store.lock import write_lock
@@ -141,7 +137,7 @@ def repair(
         def bring_transform() -> None:
             RecordedBackbone.of_store(opened).load(weights=weights, allowed=backbone)
 
-        need = _look(opened, bring_transform, data=data, root=root, workers=workers)
+        need = look_for_needs(opened, bring_transform, data=data, root=root, workers=workers)
         if dry_run or need.root is None or not len(need.rows):
             if not dry_run:
                 files.sync()  # what is found sound may have been written by a repair killed before its sync
@@ -167,111 +163,7 @@ def repair(
     return replace(result, seconds=round(time.perf_counter() - begun, 3))
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Need:
-    """What a store needs. damaged, pending, failed_before: int64 ndarrays, the rows to embed again.
-
-    failing: {row: why} of sound rows that have no features and still cannot have them.
-    """
-
-    cache: CachedRows
-    root: Path | None  # None: the images were not needed, and are not where they were
-    damaged: NDArray[np.intp]
-    pending: NDArray[np.intp]
-    failed_before: NDArray[np.intp]
-    failing: Mapping[int, str]
-    missing: int | None
-    changed: int | None
-
-    @property
-    def rows(self) -> NDArray[np.intp]:
-        return np.concatenate([self.damaged, self.pending, self.failed_before])
-
-
-def _look(
-    store: FeatureStore,
-    bring_transform: Callable[[], None],
-    *,
-    data: str | os.PathLike[str] | None,
-    root: str | os.PathLike[str] | None,
-    workers: int,
-) -> _Need:
-    cache = CachedRows(store)
-    lost = np.flatnonzero(~cache.done)
-    failed = np.flatnonzero(cache.done & (cache.status != RowStatus.OK))
-    folder: Path | None = None
-    with nullcontext() if len(lost) or len(failed) or data is not None else suppress(DataError):
-        folder = find_root(store, data=data, root=root)
-    is_damaged = np.array([cache.is_damaged(row) for row in lost.tolist()], dtype=bool)
-    failing: dict[int, str] = {}
-    missing, changed = None, None
-    if folder is not None:
-        _require_images(store, lost, folder, follow_links=follows_links(store))
-        if len(failed) and store.spec.preprocessing.transform:
-            bring_transform()  # which makes the pictures that failed
-        failing = _still_failing(cache, failed, folder, workers=workers)
-        missing, changed = _count_changed(cache, folder)
-    return _Need(
-        cache=cache,
-        root=folder,
-        damaged=lost[is_damaged],
-        pending=lost[~is_damaged],
-        failed_before=np.array([row for row in failed.tolist() if row not in failing], dtype=np.intp),
-        failing=failing,
-        missing=missing,
-        changed=changed,
-    )
-
-
-def _require_images(store: FeatureStore, rows: NDArray[np.intp], root: Path, *, follow_links: bool) -> None:
-    """Refuse a folder that has none of the images: their rows would be written as missing."""
-    ids = [store.table.ids[row] for row in rows.tolist()]
-    files = [image_file(root, path, follow_links=follow_links) for path in ids]
-    if files and not any(map(os.path.exists, files)):
-        raise DataError(
-            f"none of the images to embed again ({len(files):,}, first {show_path(ids[0])}) "
-            f"is in {show_path(root)}. Pass the folder they are in now as --data DATA."
-        )
-
-
-def _still_failing(cache: CachedRows, rows: NDArray[np.intp], root: Path, *, workers: int) -> dict[int, str]:
-    """{row: why} of the failed rows whose image cannot be used now either."""
-    store = cache.store
-    follow_links = follows_links(store)
-    plain = (Picture(preprocessing=store.spec.preprocessing),)
-
-    def why(row: int) -> str | None:
-        file = image_file(root, store.table.ids[row], follow_links=follow_links)
-        image = load_in_time(load_pictures, file, plain)  # one that hung before may hang again
-        if isinstance(image, ImageFailure):
-            return image.reason
-        # It was decoded before too; the same bytes give the same features, which are none.
-        same_bytes = cache.sources["sha256"][row].tobytes() == image.sha256
-        if cache.status[row] == RowStatus.NON_FINITE and same_bytes:
-            return RowStatus.NON_FINITE.words
-        return None
-
-    with ThreadPoolExecutor(workers) as pool:
-        reasons = zip(rows.tolist(), pool.map(why, rows.tolist()), strict=True)
-        return {row: reason for row, reason in reasons if reason is not None}
-
-
-def _count_changed(cache: CachedRows, root: Path) -> tuple[int, int]:
-    """The sound rows whose file is not there, and those whose file has not the recorded stat."""
-    ids = cache.store.table.ids
-    stats = {row: _stat(root, ids[row]) for row in np.flatnonzero(cache.status == RowStatus.OK).tolist()}
-    missing = sum(stat == NO_FILE for stat in stats.values())
-    return missing, sum(not cache.has_stat(row, stat) for row, stat in stats.items()) - missing
-
-
-def _stat(root: Path, path: str) -> FileStat:
-    try:
-        return file_stat(os.stat(resolve(root, path)))
-    except (OSError, ValueError):
-        return NO_FILE
-
-
-def _growth_to_continue(files: StoreFiles, need: _Need) -> CachedRows | None:
+def _growth_to_continue(files: StoreFiles, need: Need) -> CachedRows | None:
     """What an interrupted repair has left: the newest growth, if it holds just the rows of this store.
 
     A growth of `embed` holds rows of other images, or newer ones of these; it is left to `embed`.
@@ -284,7 +176,7 @@ def _growth_to_continue(files: StoreFiles, need: _Need) -> CachedRows | None:
     return None
 
 
-def _has_same_rows(growth: CachedRows, need: _Need) -> bool:
+def _has_same_rows(growth: CachedRows, need: Need) -> bool:
     cache = need.cache
     if growth.store.fingerprint != cache.store.fingerprint or not growth.store.table.equals(
         cache.store.table
@@ -298,7 +190,7 @@ def _has_same_rows(growth: CachedRows, need: _Need) -> bool:
     )
 
 
-def _plan(need: _Need, root: Path, growth: CachedRows | None) -> ReusePlan:
+def _plan(need: Need, root: Path, growth: CachedRows | None) -> ReusePlan:
     """Every row from where it is, except those to embed again: only what an earlier repair embedded."""
     caches = (need.cache,) if growth is None else (growth, need.cache)
     plan = ReusePlan.nothing_known(root, need.cache.store.table, caches)
@@ -338,7 +230,7 @@ def _other_bytes(files: StoreFiles, recorded: Mapping[int, bytes]) -> list[str]:
     ]
 
 
-def _repaired(need: _Need, run: Embedding, embedded: Embedded, other_bytes: Sequence[str]) -> RepairResult:
+def _repaired(need: Need, run: Embedding, embedded: Embedded, other_bytes: Sequence[str]) -> RepairResult:
     notes = [*embedded.notes, *_engine_note(need.cache.store, run)]
     if other_bytes:
         notes.append(
@@ -355,7 +247,7 @@ def _repaired(need: _Need, run: Embedding, embedded: Embedded, other_bytes: Sequ
     )
 
 
-def _nothing_done(need: _Need, *, dry_run: bool) -> RepairResult:
+def _nothing_done(need: Need, *, dry_run: bool) -> RepairResult:
     ids = need.cache.store.table.ids
     failures = [(ids[row], why) for row, why in need.failing.items()]
     return _result(need, embedded=len(need.rows) if dry_run else 0, failures=failures, dry_run=dry_run)
@@ -373,7 +265,7 @@ def _engine_note(store: FeatureStore, run: Embedding) -> list[str]:
 
 
 def _result(
-    need: _Need,
+    need: Need,
     *,
     embedded: int,
     failures: Sequence[tuple[str, str]],

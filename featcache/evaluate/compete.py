@@ -221,8 +221,8 @@ def _too_long(wanted: float, spent: float, budget: float) -> str | None:
     if spent + wanted <= budget:
         return None
     if spent >= budget:
-        return f"the {_seconds(budget)} of --budget were spent"
-    return f"about {_seconds(wanted)}, more than is left of the {_seconds(budget)} of --budget"
+        return f"the {budget:g} s of --budget were spent"
+    return f"about {_seconds(wanted)}, more than is left of the {budget:g} s of --budget"
 
 
 def _seconds(seconds: float) -> str:

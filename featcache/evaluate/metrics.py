@@ -13,7 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.evaluate.bootstrap import DRAWS, draws_for, interval, resampled_sums, row_counts
+from featcache.evaluate.bootstrap import (
+    DRAWS,
+    LEAST_UNITS,
+    draws_for,
+    interval,
+    resampled_sums,
+    row_counts,
+)
 
 LEAST_PROBABILITY = 1e-15  # log-loss counts smaller ones as this, so that it stays finite
 _NO_CHANCE = 34.5  # nats from which a probability counts as none: that of the smallest, but for rounding
@@ -22,6 +29,7 @@ Z95 = 1.959963984540054  # standard normal quantile of 0.975
 FULL_CONFUSION = 100  # classes up to which the confusion matrix is kept whole
 CONFUSED_PAIRS = 20  # the most confused, kept with examples
 EXAMPLES = 5  # ids of a pair
+_MOST_KISH = 2  # times as many rows as weigh as much: recalls of 0 and 1 differ in no drawing of few rows
 _ROWS = 4096  # at a time, where a table as large as the probabilities would be made
 
 Interval = tuple[float, float]
@@ -52,8 +60,11 @@ class ConfusedPair:
 class Metrics:
     """Scores of n rows. `classes` name the rows and columns of `confusion` (true, predicted).
 
-    The intervals but that of accuracy, which is Wilson's, are by bootstrap over the rows; None where that was
-    not asked for, and of a single row. Rows that are not independent count as one unit in all of them.
+    The intervals of shares are Wilson's; for the mean per class and the area under ROC of as many rows as
+    have the variance that a bootstrap over the rows finds. Those of log-loss and calibration error are by
+    bootstrap. None where that was not asked for, for these two of fewer than `LEAST_UNITS` rows or where all
+    are alike, and for all but accuracy and top 5 of a single row. Rows that are not independent count as one
+    unit.
     no_chance: rows whose true class was given no more than `LEAST_PROBABILITY`, such as those of a class that
     the head does not know. Each adds 34.5 to the log-loss, which says nothing of the others: nll_of_others.
     Of more than 100 classes `confusion` is None; `confusion_counts` are its cells that are not 0, as (true,
@@ -117,21 +128,22 @@ def score(
         mean_per_class_accuracy=sum(recalls) / len(recalls),
         nll=float(rows.losses.mean()),
         ece=expected_calibration_error(rows.confidence, rows.correct),
-        top5=float(rows.in_top5.mean()) if len(classes) > 5 else None,
         auroc=_auroc(rows.y, rows.second) if len(classes) == 2 else None,
     )
     names = None if ids is None else [ids[int(row)] for row in labelled]
     units = None if units is None else np.unique(units[labelled], return_inverse=True)[1].ravel()
     n_units = len(labelled) if units is None else int(units.max()) + 1
     wanted = draws_for(len(labelled), draws=draws) if n_units > 1 else 0
-    sampling = _Sampling(units=units, draws=wanted, seed=seed)
+    sampling = _Sampling(units=units, n_units=n_units, draws=wanted, seed=seed)
     dense = _dense(pairs, len(classes)) if len(classes) <= FULL_CONFUSION else None
     chance = rows.losses < _NO_CHANCE
     return Metrics(
         n=len(labelled),
         n_units=n_units,
         accuracy=float(rows.correct.mean()),
-        accuracy_ci95=_accuracy_interval(rows.correct, units),
+        accuracy_ci95=_rate_interval(rows.correct, units),
+        top5=float(rows.in_top5.mean()) if len(classes) > 5 else None,
+        top5_ci95=_rate_interval(rows.in_top5, units) if len(classes) > 5 else None,
         **asdict(found),
         no_chance=int((~chance).sum()),
         nll_of_others=float(rows.losses[chance].mean()) if chance.any() else None,
@@ -155,10 +167,10 @@ def wilson_interval(successes: float, n: float) -> Interval:
     return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
-def _accuracy_interval(correct: NDArray[np.bool_], units: NDArray[np.intp] | None) -> Interval:
-    """Wilson's, of as many independent rows as say as much as these.
+def _rate_interval(correct: NDArray[np.bool_], units: NDArray[np.intp] | None) -> Interval:
+    """Wilson's, of the share of rows, of as many independent ones as say as much as these.
 
-    The variance of the accuracy between units, over that of independent rows, is by how much there are fewer.
+    The variance of the share between units, over that of independent rows, is by how much there are fewer.
     (Korn & Graubard, "Confidence intervals for proportions with small expected number of positive counts",
     1998.) Where all rows are right, or all wrong, there are as many as units.
     """
@@ -172,6 +184,22 @@ def _accuracy_interval(correct: NDArray[np.bool_], units: NDArray[np.intp] | Non
     else:
         effective = float(len(sums))
     return wilson_interval(rate * effective, effective)
+
+
+def _share_interval(
+    estimate: float, drawn: NDArray[np.float64], *, n_units: int, alike: float, most: float = math.inf
+) -> Interval:
+    """Wilson's, for a score made of rights and wrongs, of as many rows as have the variance that was drawn.
+
+    Drawing rows again cannot bring up an error that no row shows, so that quantiles of what was drawn claim
+    certainty where all rows are right, and too much of it where most are. alike: the number of rows where no
+    drawing differs from another. most: a number that few rows must not exceed.
+    """
+    drawn = drawn[np.isfinite(drawn)]
+    variance = float(drawn.var()) * n_units / (n_units - 1) if len(drawn) else 0.0
+    sure = estimate in (0.0, 1.0) or variance < 1e-12
+    n = alike if sure else min(estimate * (1 - estimate) / variance, most)
+    return wilson_interval(estimate * n, n)
 
 
 def log_losses(y: NDArray[np.integer[Any]], probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -198,12 +226,11 @@ def _bins(confidence: NDArray[np.float64]) -> NDArray[np.int64]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Headline:
-    """The scores that get an interval by bootstrap, by their names in Metrics."""
+    """The scores whose interval needs a bootstrap, by their names in Metrics."""
 
     mean_per_class_accuracy: float
     nll: float
     ece: float
-    top5: float | None
     auroc: float | None
 
 
@@ -214,15 +241,15 @@ class _Intervals:
     mean_per_class_accuracy_ci95: Interval | None = None
     nll_ci95: Interval | None = None
     ece_ci95: Interval | None = None
-    top5_ci95: Interval | None = None
     auroc_ci95: Interval | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Sampling:
-    """How rows are drawn. units: (n_samples,) from 0, or None."""
+    """How rows are drawn. units: (n_samples,) from 0, or None, where every row is one of `n_units`."""
 
     units: NDArray[np.intp] | None
+    n_units: int
     draws: int
     seed: int
 
@@ -276,41 +303,60 @@ class _Rows:
 def _intervals(rows: _Rows, found: _Headline, n_classes: int, sampling: _Sampling) -> _Intervals:
     if not sampling.draws:
         return _Intervals()
-    # (B, 2 + 2 K + bins): losses, in the top 5, rows of a class, those found, confidence minus correct by bin
+    # (B, 1 + 2 K + bins): losses, rows of a class, those found, confidence minus correct by bin
     sums = resampled_sums(
         _columns(rows, n_classes), draws=sampling.draws, seed=sampling.seed, units=sampling.units
     )
-    there, right = sums[:, 2 : 2 + n_classes], sums[:, 2 + n_classes : 2 + 2 * n_classes]
+    there, right = sums[:, 1 : 1 + n_classes], sums[:, 1 + n_classes : 1 + 2 * n_classes]
     n = there.sum(axis=1)  # of rows drawn: units differ in theirs
-    recalls = np.divide(right, there, out=np.zeros_like(right), where=there > 0)
-    per_class = recalls.sum(axis=1) / (there > 0).sum(axis=1)
-    ece = np.abs(sums[:, 2 + 2 * n_classes :]).sum(axis=1) / n
-
-    def within_1(estimate: float | None, drawn: NDArray[np.float64]) -> Interval | None:
-        return None if estimate is None else interval(estimate, drawn, high=1.0)
-
+    ece = np.abs(sums[:, 1 + 2 * n_classes :]).sum(axis=1) / n
+    enough = sampling.n_units >= LEAST_UNITS
     return _Intervals(
-        mean_per_class_accuracy_ci95=within_1(found.mean_per_class_accuracy, per_class),
-        nll_ci95=interval(found.nll, sums[:, 0] / n),
-        ece_ci95=within_1(found.ece, ece),
-        top5_ci95=within_1(found.top5, sums[:, 1] / n),
-        auroc_ci95=None
-        if found.auroc is None
-        else within_1(found.auroc, _resampled_auroc(rows.y, rows.second, sampling)),
+        mean_per_class_accuracy_ci95=_per_class_interval(
+            found.mean_per_class_accuracy, rows.y, there, right, sampling
+        ),
+        nll_ci95=interval(found.nll, sums[:, 0] / n) if enough else None,
+        ece_ci95=interval(found.ece, ece, high=1.0) if enough else None,
+        auroc_ci95=None if found.auroc is None else _auroc_interval(found.auroc, rows, sampling),
     )
 
 
+def _per_class_interval(
+    estimate: float,
+    y: NDArray[np.int64],
+    there: NDArray[np.float64],
+    right: NDArray[np.float64],
+    sampling: _Sampling,
+) -> Interval:
+    """there, right: rows of each class in each drawing, and those of them that are right, (B, K)."""
+    recalls = np.divide(right, there, out=np.zeros_like(right), where=there > 0)
+    drawn = recalls.sum(axis=1) / (there > 0).sum(axis=1)
+    counts = np.bincount(y)
+    weight = 1 / (counts[y] * np.count_nonzero(counts))  # of each row in the mean
+    of_unit = weight if sampling.units is None else np.bincount(sampling.units, weights=weight)
+    n = 1 / float((of_unit**2).sum())  # rows of equal weight that say as much (Kish, "Survey sampling", 1965)
+    return _share_interval(estimate, drawn, n_units=sampling.n_units, alike=n, most=_MOST_KISH * n)
+
+
+def _auroc_interval(estimate: float, rows: _Rows, sampling: _Sampling) -> Interval:
+    """Where the classes are apart in all drawings, that of pairs of rows of which none is in two."""
+    unit = np.arange(len(rows.y)) if sampling.units is None else sampling.units
+    pairs = min(len(np.unique(unit[rows.y == label])) for label in (0, 1))
+    drawn = _resampled_auroc(rows.y, rows.second, sampling)
+    return _share_interval(estimate, drawn, n_units=sampling.n_units, alike=pairs)
+
+
 def _columns(rows: _Rows, n_classes: int) -> Any:
-    """What the scores are sums of, a column each, sparse, (n_samples, 2 + 2 n_classes + bins)."""
+    """What the scores are sums of, a column each, sparse, (n_samples, 1 + 2 n_classes + bins)."""
     from scipy.sparse import csr_array
 
     n = len(rows.y)
-    values = [rows.losses, rows.in_top5, np.ones(n), rows.correct, rows.confidence - rows.correct]
-    bins = 2 + 2 * n_classes + _bins(rows.confidence)
-    places = [np.zeros(n), np.ones(n), 2 + rows.y, 2 + n_classes + rows.y, bins]
+    values = [rows.losses, np.ones(n), rows.correct, rows.confidence - rows.correct]
+    bins = 1 + 2 * n_classes + _bins(rows.confidence)
+    places = [np.zeros(n), 1 + rows.y, 1 + n_classes + rows.y, bins]
     where = (np.tile(np.arange(n), len(values)), np.concatenate(places).astype(np.int64))
     data = np.concatenate(values).astype(np.float64)
-    return csr_array((data, where), shape=(n, 2 + 2 * n_classes + ECE_BINS))
+    return csr_array((data, where), shape=(n, 1 + 2 * n_classes + ECE_BINS))
 
 
 def _auroc(y: NDArray[np.int64], scores: NDArray[np.float64]) -> float | None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from featcache.evaluate.bootstrap import LEAST_UNITS
 from featcache.evaluate.metrics import ClassMetrics, Interval, Metrics, wilson_interval
 from featcache.images.paths import show_path
 from featcache.words import plural, show_text
@@ -25,14 +26,15 @@ def score_lines(
 ) -> list[str]:
     """The scores with their intervals. uncalibrated_ece: of the same rows at a temperature of 1."""
     before = "" if uncalibrated_ece is None else f"; {uncalibrated_ece:.4f} before its temperature"
+    few = "too few rows for an interval" if m.n_units < LEAST_UNITS else ""
     lines = [
         f"scored on {plural(m.n, 'row')}{_units(m)}: {on}",
         _line("accuracy", m.accuracy, m.accuracy_ci95, first=True),
-        _line("mean per class", m.mean_per_class_accuracy, m.mean_per_class_accuracy_ci95),
+        _line("mean per class", m.mean_per_class_accuracy, m.mean_per_class_accuracy_ci95, why_not=few),
         _line("in the top 5", m.top5, m.top5_ci95),
-        _line("area under ROC", m.auroc, m.auroc_ci95),
-        _line("log-loss", m.nll, m.nll_ci95) + _no_chance(m),
-        _line("calibration error", m.ece, m.ece_ci95) + before,
+        _line("area under ROC", m.auroc, m.auroc_ci95, why_not=few),
+        _line("log-loss", m.nll, m.nll_ci95, why_not=few) + _no_chance(m),
+        _line("calibration error", m.ece, m.ece_ci95, why_not=few) + before,
         _line("accuracy on train", train_accuracy, None),
         "  (log-loss is 0 where the true class is given all probability, and large where a wrong one is;",
         "  the calibration error is how far probabilities are from the share that is right, on average)",
@@ -52,11 +54,15 @@ def _units(m: Metrics) -> str:
     return "" if m.n_units == m.n else f", of {m.n_units:,} different images or groups"
 
 
-def _line(name: str, value: float | None, ends: Interval | None, *, first: bool = False) -> str:
+def _line(
+    name: str, value: float | None, ends: Interval | None, *, first: bool = False, why_not: str = ""
+) -> str:
+    """why_not: why there is no interval, where there is none."""
     if value is None:
         return ""
     what = "95 % interval " if first else ""
-    return f"  {name:<18}  {value:.4f}" + (f"  ({what}{ends[0]:.4f} to {ends[1]:.4f})" if ends else "")
+    said = f"{what}{ends[0]:.4f} to {ends[1]:.4f}" if ends else why_not
+    return f"  {name:<18}  {value:.4f}" + (f"  ({said})" if said else "")
 
 
 def class_lines(m: Metrics) -> list[str]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from torch import Tensor, nn
-from torchvision import models
 
 from featcache.backbones import Backbone, bundled, torchvision
 from featcache.errors import ExportError
@@ -135,14 +134,9 @@ def loading_code(module: nn.Module, *, name: str, tensors: str) -> str:
 
 def licence_named(backbone: str, label: str) -> str | None:
     """Where torchvision says the licence of these weights of its network is; None where it says nothing."""
-    name = backbone.partition("@")[0]
-    if name not in torchvision.names():
+    if not torchvision.owns(backbone):
         return None
-    for entry in models.get_model_weights(name):
-        if entry.name == label:
-            named: str | None = entry.meta.get("license")
-            return named
-    return None
+    return next((one.licence for one in torchvision.published(backbone) if one.label == label), None)
 
 
 def attribute(path: str) -> str:

@@ -17,6 +17,7 @@ from featcache.request import recorded_decoder
 from featcache.words import name_some, plural, show_text
 
 SHOWN_CLASSES = 100
+SIGN = "Exported by featcache; "  # in the first paragraph of every card
 
 # By what the provenance says of where the weights are from; a licence is only named where it is known.
 _LICENCES: Mapping[str, str] = {
@@ -68,7 +69,7 @@ def write_card(subject: Subject, row: Format, file: Written, proof: Proof) -> st
         f"# {show_text(file.name)}",
         "",
         f"{row.summary[0].upper()}{row.summary[1:]}: {plural(len(model.classes), 'class', 'classes')}, "
-        f"{model.spec.backbone}, head {model.head_name}. Exported by featcache; fingerprint of its features "
+        f"{model.spec.backbone}, head {model.head_name}. {SIGN}fingerprint of its features "
         f"{model.fingerprint[:12]}. The file this is the card of has the sha256 {file.sha256}.",
     ]
     for title, body in sections.items():
@@ -91,26 +92,18 @@ def _data(model: Model) -> list[str]:
 
 def _network(subject: Subject) -> list[str]:
     model = subject.model
-    weights = _first_weights(model)
+    weights = model.first_weights
     tuned = "fine-tuned, starting from " if model.network else ""
+    began = f" of sha256 {show_text(str(weights.get('sha256'))[:12])}" if model.network else ""
     nodes = ", ".join(f"{node.key} ({node.num_features})" for node in model.nodes)
     return [
         f"- network: {model.spec.backbone}; features: {nodes}",
-        f"- weights: {tuned}{weights['source']}, {show_text(os.path.basename(weights['label']))}; "
+        f"- weights: {tuned}{weights['source']}, {show_text(os.path.basename(weights['label']))}{began}; "
         f"sha256 of those in use {model.spec.weights_sha256[:12]}",
         f"- licence of the weights: {_licence(model, weights)}",
         f"- head: {model.head_name}"
         + "".join(f", {name} {_short(value)}" for name, value in sorted(model.params.items())),
     ]
-
-
-def _first_weights(model: Model) -> Mapping[str, Any]:
-    """Those that were not made here: of a fine-tuned model the ones it began with."""
-    tuned = model.provenance.get("tuned")
-    began = tuned.get("weights") if model.network and isinstance(tuned, Mapping) else None
-    if isinstance(began, Mapping) and all(isinstance(began.get(key), str) for key in ("source", "label")):
-        return began
-    return model.weights
 
 
 def _licence(model: Model, weights: Mapping[str, Any]) -> str:

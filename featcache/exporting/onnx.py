@@ -25,7 +25,7 @@ from featcache.errors import ExportError
 from featcache.exporting import Answers, Opened
 from featcache.exporting.estimators import FEATURES, append_estimator, has_estimator, require_convertible
 from featcache.exporting.modules import PixelsToAnswers, example_pixels, given_pixels, head_module
-from featcache.exporting.recipes import prepare_code, python_text
+from featcache.exporting.recipes import fill_from_pixels
 from featcache.exporting.subject import PIXELS, Subject
 
 INPUT, OUTPUT = "pixels", "probabilities"
@@ -104,12 +104,8 @@ def _session_errors(subject: Subject) -> Iterator[None]:
 
 def recipe(subject: Subject, name: str) -> str:
     """ONNX Runtime, NumPy and Pillow."""
-    code = _RECIPE % {
-        "name": python_text(name),
-        "prepare": prepare_code(subject.model.spec.preprocessing),
-        "given": _GIVEN[subject.pixels],
-    }
-    return code.strip()
+    preprocessing = subject.model.spec.preprocessing
+    return fill_from_pixels(_RECIPE, preprocessing, name=name, given=_GIVEN[subject.pixels])
 
 
 def _graph(subject: Subject, head: nn.Module, *, output: str) -> Any:

@@ -40,7 +40,13 @@ _PREPARE_OWN = """def prepare(path):
     return np.asarray(%(function)s(open_image(path)))"""
 
 
-def prepare_code(preprocessing: Preprocessing) -> str:
+def fill_from_pixels(template: str, preprocessing: Preprocessing, *, name: str, given: str) -> str:
+    """A recipe of a file that begins with pixels. given: an expression of what it is handed."""
+    code = template % {"name": python_text(name), "prepare": _prepare_code(preprocessing), "given": given}
+    return code.strip()
+
+
+def _prepare_code(preprocessing: Preprocessing) -> str:
     """A function `prepare` that makes uint8 pixels (S, S, 3) of a file, without torchvision."""
     if not preprocessing.transform:
         return f"{OPEN_IMAGE}\n\n\n{fill(_PREPARE, preprocessing)}"

@@ -18,7 +18,7 @@ from featcache.engines.pixels import CAPTURE_ERRORS, reason
 from featcache.errors import ExportError
 from featcache.exporting import Opened
 from featcache.exporting.modules import PixelsToAnswers, example_pixels, given_pixels, head_module
-from featcache.exporting.recipes import prepare_code, python_text
+from featcache.exporting.recipes import fill_from_pixels
 from featcache.exporting.subject import PIXELS, Subject
 
 _DESCRIPTION = "description.json"
@@ -82,9 +82,5 @@ def load(path: Path, subject: Subject) -> Opened:
 
 def recipe(subject: Subject, name: str) -> str:
     """torch, NumPy and Pillow."""
-    code = _RECIPE % {
-        "name": python_text(name),
-        "prepare": prepare_code(subject.model.spec.preprocessing),
-        "given": _GIVEN[subject.pixels],
-    }
-    return code.strip()
+    preprocessing = subject.model.spec.preprocessing
+    return fill_from_pixels(_RECIPE, preprocessing, name=name, given=_GIVEN[subject.pixels])

@@ -6,73 +6,47 @@ The rows that are scored are looked at once, after everything was chosen on the 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from featcache.evaluate.splits import Groups
-from featcache.fitting.choice import AUTO, BUDGET, Choice, Wishes, choose_head, fit_head
+from featcache.fitting.choice import Choice, choose_head, fit_head
 from featcache.fitting.outlook import look_ahead
 from featcache.fitting.result import Files, FitResult
 from featcache.fitting.rows import Rows, choose_rows, training_rows
 from featcache.fitting.scoring import HeldOut, score_head
-from featcache.heads.parameters import parse_params
+from featcache.fitting.wishes import Wishes
 from featcache.model import Model, image_keys
 from featcache.progress import Progress, SilentProgress
 from featcache.store.features import FeatureSet
 
-__all__ = ["AUTO", "BUDGET", "Files", "FitResult", "HeldOut", "Rows", "choose_rows", "fit_features"]
+__all__ = ["Files", "FitResult", "HeldOut", "Rows", "Wishes", "choose_rows", "fit_features"]
 
 
 def fit_features(
     features: FeatureSet,
+    wishes: Wishes,
     *,
-    head: str = AUTO,
-    params: Mapping[str, Any] | None = None,
-    seed: int = 0,
-    budget: float = BUDGET,
-    spent: float = 0.0,
-    class_weight: str | None = None,
-    logit_adjustment: float | None = None,
     groups: Groups | None = None,
-    precision: float | None = None,
-    shots: Sequence[int] = (),
-    tries: int = 10,
-    curve: bool | None = None,
-    device: str | None = None,
     provenance: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> tuple[FitResult, Model]:
     """`fit` on features in memory, writing nothing.
 
-    groups: of the rows of `features`, never split between what is fitted and what is scored. spent: seconds
-    of the budget that are gone. The other options are those of `featcache.fit`. HeadError: what stands in the
-    way, in one line.
+    groups: of the rows of `features`, never split between what is fitted and what is scored. HeadError: what
+    stands in the way, in one line.
     """
     started = time.perf_counter()
-    if tries < 1 or any(number < 1 for number in shots):
-        raise ValueError("shots and tries are numbers from 1")
-    if precision is not None and not 0 < precision < 1:
-        raise ValueError(f"a precision is wished for between 0 and 1, not {precision!r}")
-    wishes = Wishes(
-        head=head,
-        params=parse_params(params),
-        seed=seed,
-        budget=budget,
-        class_weight=class_weight,
-        logit_adjustment=logit_adjustment,
-        spent=spent,
-        device=device,
-    )
     rows = choose_rows(features, groups)
     known = np.unique(features.y[rows.train])
-    training = training_rows(features, rows, wishes.loss_weights, seed=seed)
+    training = training_rows(features, rows, wishes.loss_weights, seed=wishes.seed)
     choice = choose_head(wishes, training, progress=progress or SilentProgress())
     fitted = fit_head(choice, wishes, training)
     choice = choice.without_search()
-    scored = score_head(fitted, choice, features, rows, training, known=known, precision=precision)
+    scored = score_head(fitted, choice, features, rows, training, known=known, precision=wishes.precision)
     outlook = look_ahead(
         choice,
         wishes,
@@ -80,25 +54,22 @@ def fit_features(
         scored,
         features=features,
         rows=rows,
-        shots=shots,
-        tries=tries,
-        curve=curve,
-        left=budget - spent - (time.perf_counter() - started),
+        left=wishes.budget - wishes.spent - (time.perf_counter() - started),
         progress=progress,
     )
     notes = [*rows.notes, *choice.selection.notes, *fitted.notes, *outlook.notes]
-    if precision is not None and scored.abstention is None:
+    if wishes.precision is not None and scored.abstention is None:
         notes.append(
-            f"no threshold for a precision of {precision:g}: no row could be held out to choose it by"
+            f"no threshold for a precision of {wishes.precision:g}: no row could be held out to choose it by"
         )
     result = FitResult(
         head=choice.head,
-        asked=head,
+        asked=wishes.head,
         params=choice.selection.params,
         searched=choice.kind.searched,
         selection=choice.selection,
         competition=choice.competition,
-        logit_adjustment=logit_adjustment,
+        logit_adjustment=wishes.logit_adjustment,
         nodes=tuple(node.key for node in features.nodes),
         num_features=features.X.shape[1],
         n_train=len(rows.train),

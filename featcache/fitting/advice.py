@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from featcache.evaluate.learning import Limit
 from featcache.evaluate.report import FEW_ERRORS
 from featcache.heads import find_head
 from featcache.images.paths import show_path
-from featcache.words import plural, show_text
+from featcache.words import plural, show_text, spell_options
 
 if TYPE_CHECKING:
     from featcache.evaluate.report import Verdict
@@ -20,6 +19,11 @@ if TYPE_CHECKING:
 
 SHOWN_CLASSES = 3
 WIDE = 0.1  # an interval of accuracy wider than this hides what a better head would gain
+# Before a command that embeds what is new and fits again, and changes nothing while nothing is.
+_AFTER = (
+    "After adding labelled images to those that were embedded, the command takes them in; until then it "
+    "changes nothing"
+)
 _NEXT = {
     "fits": "score more rows, which are too few to tell what limits it",
     "overfits": "add images, or augmented views",
@@ -53,7 +57,7 @@ def advise(result: FitResult) -> Advice:
     if high - low > WIDE:
         why = (
             f"score more rows than {m.n:,}: an accuracy between {100 * low:.0f} and {100 * high:.0f} % does "
-            "not tell one head from another. Add labelled images to those that were embedded, and fit again"
+            f"not tell one head from another. {_AFTER}"
         )
         return Advice(why=why, command=_embed_and_fit(result))
     if 1 - m.accuracy <= FEW_ERRORS:
@@ -69,8 +73,7 @@ def _train_on_all(result: FitResult) -> Advice:
     said = ", ".join(names[:SHOWN_CLASSES]) + (f" and {more:,} more" if more > 0 else "")
     why = (
         f"add labelled images of {said} to the training rows: {result.n_untrained:,} of the "
-        f"{plural(result.metrics.n, 'row')} scored are of classes that were not trained on. Then embed, and "
-        "fit again"
+        f"{plural(result.metrics.n, 'row')} scored are of classes that were not trained on. {_AFTER}"
     )
     return Advice(why=why, command=_embed_and_fit(result))
 
@@ -103,7 +106,7 @@ def _remedy(result: FitResult, verdict: Verdict) -> Advice:
             f"wrong, {100 * train_errors:.1f} % of those trained on"
         )
         if limit == "unsure":
-            return Advice(why=f"{why}. Add labelled images, and fit again", command=_embed_and_fit(result))
+            return Advice(why=f"{why}. {_AFTER}", command=_embed_and_fit(result))
     if limit in ("nothing", "unsure"):
         return Advice(why=why, command=predict_command(result))
     if result.other_nodes:
@@ -111,7 +114,7 @@ def _remedy(result: FitResult, verdict: Verdict) -> Advice:
         why += f". The store has {more}, which --nodes auto tries"
         return Advice(why=why, command=_fit(result, "--nodes", "auto", name="nodes"))
     if limit == "labels":
-        return Advice(why=f"{why}. Once there are more images, fit again", command=_embed_and_fit(result))
+        return Advice(why=f"{why}. {_AFTER}", command=_embed_and_fit(result))
     return Advice(why=why, command=_finetune(result))
 
 
@@ -133,12 +136,6 @@ def _fit(result: FitResult, *options: str, name: str | None) -> str:
     nodes = () if "--nodes" in options else _nodes(result)
     words = (*head, *nodes, *_groups(result), *result.files.fit_options, *options)
     return _shell("featcache", "fit", result.files.store, *words, "-o", str(output))
-
-
-def spell_options(asked: Mapping[str, tuple[Any, Any]]) -> tuple[str, ...]:
-    """The words of a command for options, as value and default, that differ from their default."""
-    differ = ((option, value) for option, (value, default) in asked.items() if value != default)
-    return tuple(word for option, value in differ for word in (option, str(value)))
 
 
 def _groups(result: FitResult) -> tuple[str, ...]:
@@ -164,8 +161,8 @@ def _finetune(result: FitResult) -> str:
         words = ("--head", "logistic", *_nodes(result), *_groups(result), *result.files.fit_options)
         fit = _shell("featcache", "fit", result.files.store, *words, "-o", str(linear))
         model, first = linear, f"{fit} && "
-    tune = ("featcache", "finetune", str(model), result.files.data, "-o", str(output), *_allowed(result))
-    return first + _shell(*tune)
+    tune = ("featcache", "finetune", str(model), result.files.data, "-o", str(output), *_groups(result))
+    return first + _shell(*tune, *_allowed(result))
 
 
 def _allowed(result: FitResult) -> tuple[str, ...]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,114 +13,12 @@ from numpy.typing import NDArray
 from featcache.errors import HeadError
 from featcache.evaluate.compete import Competition, bar_for, compete
 from featcache.evaluate.select import Selection, TrainingRows, select
+from featcache.fitting.wishes import AUTO, Wishes
 from featcache.heads import HEADS, HeadKind, build_head, find_head
 from featcache.progress import Progress
 
 if TYPE_CHECKING:
     from featcache.heads.base import Head
-
-AUTO = "auto"  # the heads compete
-BUDGET = 60.0  # seconds of that
-BALANCED = "balanced"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wishes:
-    """What was asked for; HeadError where it does not go together, before any work.
-
-    head: a name, or AUTO. params: of the head. budget: seconds, `spent` of which are gone already.
-    class_weight: BALANCED counts every class alike, None every row. logit_adjustment: tau, the scores of
-    class k are lowered by tau log p_k, its share of the training rows. device: where heads that can do their
-    products: auto, cpu, cuda; None: each as it does by itself.
-    """
-
-    head: str = AUTO
-    params: Mapping[str, Any] = field(default_factory=dict)
-    seed: int = 0
-    budget: float = BUDGET
-    spent: float = 0.0
-    class_weight: str | None = None
-    logit_adjustment: float | None = None
-    device: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.class_weight not in (None, BALANCED):
-            raise HeadError(f"class_weight is {BALANCED!r} or None, not {self.class_weight!r}")
-        if self.logit_adjustment is not None and not 0 < self.logit_adjustment < float("inf"):
-            raise HeadError(f"the logit adjustment is a number above 0, not {self.logit_adjustment!r}")
-        if self.device is not None:
-            _require_device(self.device)
-        if not self.budget > 0:
-            raise HeadError(f"the budget is a number of seconds above 0, not {self.budget:g}")
-        if self.head == AUTO:
-            self._check_auto()
-            return
-        kind = find_head(self.head)
-        build_head(self.head, self.params, seed=self.seed)  # unknown parameters are refused
-        if self.device is not None and not kind.has_device:
-            able = ", ".join(one.name for one in HEADS.values() if one.has_device)
-            raise HeadError(f"{self.head} is fitted on the processor. Heads that take a device: {able}.")
-        if self.class_weight and not kind.weighted:
-            able = ", ".join(one.name for one in HEADS.values() if one.weighted)
-            raise HeadError(f"{self.head} cannot weight classes. Heads that can: {able}.")
-        if self.logit_adjustment is not None and not _can_shift(kind):
-            able = ", ".join(one.name for one in HEADS.values() if _can_shift(one))
-            raise HeadError(
-                f"{self.head} has no intercept that a logit adjustment could move. Heads with one: {able}."
-            )
-
-    def _check_auto(self) -> None:
-        if self.params:
-            raise HeadError(
-                f"{next(iter(self.params))!r} is a parameter of one head, and {AUTO} chooses among several. "
-                "Name the head as well: --head logistic."
-            )
-
-    @property
-    def loss_weights(self) -> str | None:
-        """How rows are weighted where losses are compared: as they are when heads are fitted."""
-        return self.class_weight or self.params.get("class_weight")
-
-    def require_savable(self) -> None:
-        """HeadError where the head could be fitted and not be written."""
-        if self.head != AUTO:
-            build_head(self.head, self.params, seed=self.seed).require_savable()
-
-    @property
-    def uses_views(self) -> bool:
-        """Whether augmented vectors are of use, to the head or to one that competes."""
-        if self.head != AUTO:
-            return find_head(self.head).uses_views
-        return any(kind.uses_views for kind in HEADS.values() if kind.entry)
-
-    def given(self, kind: HeadKind) -> dict[str, Any]:
-        """The parameters that are given for a head."""
-        weights = {"class_weight": self.class_weight} if self.class_weight and kind.weighted else {}
-        device = {"device": self.device} if self.device is not None and kind.has_device else {}
-        return {**weights, **device, **self.params}
-
-    def why_not(self, kind: HeadKind) -> str | None:
-        """Why a head cannot take part in the competition."""
-        if self.logit_adjustment is not None and not _can_shift(kind):
-            return "it has no intercept to adjust"
-        return None
-
-
-def _require_device(device: str) -> None:
-    if device == "cpu":
-        return
-    from featcache.heads.minibatch import pick_device  # imports torch
-
-    try:
-        pick_device(device)
-    except ValueError as error:
-        raise HeadError(f"{error}.") from error
-
-
-def _can_shift(kind: HeadKind) -> bool:
-    from featcache.heads.base import Head
-
-    return kind.load().shift_scores is not Head.shift_scores
 
 
 @dataclass(frozen=True, kw_only=True)

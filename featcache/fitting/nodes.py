@@ -14,8 +14,8 @@ from featcache.errors import HeadError, StoreError
 from featcache.evaluate.compete import QUICK
 from featcache.evaluate.nodes import NodeChoice, choice_seconds, choose_nodes, rows_within
 from featcache.evaluate.splits import Groups, make_folds
-from featcache.fitting.choice import BALANCED, BUDGET
 from featcache.fitting.rows import choose_rows
+from featcache.fitting.wishes import BALANCED, BUDGET
 from featcache.heads.parameters import nearest
 from featcache.images.paths import show_path
 from featcache.progress import Progress, SilentProgress
@@ -114,8 +114,9 @@ def _choose(
     most = rows_within(budget / 2, widths, n=len(y), k=k)
     planned = choice_seconds(widths, n=most, k=k)
     if planned >= QUICK:
+        within = "of the" if planned <= budget else "though fewer would not tell them apart, more than the"
         progress.note(
-            f"choosing among {len(keys)} nodes by {most:,} rows takes about {planned:,.0f} s of the "
+            f"choosing among {len(keys)} nodes by {most:,} rows takes about {planned:,.0f} s, {within} "
             f"{budget:g} s of --budget"
         )
     weights = class_weights(BALANCED, y, n_classes=k)[y] if balanced else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,9 +29,10 @@ from featcache.evaluate.learning import (
 )
 from featcache.evaluate.select import TrainingRows
 from featcache.evaluate.splits import make_folds, number_units
-from featcache.fitting.choice import Choice, Wishes, choose_head, fit_head, head_errors
+from featcache.fitting.choice import Choice, choose_head, fit_head, head_errors
 from featcache.fitting.rows import Rows, loss_weights, take_rows
 from featcache.fitting.scoring import Scored
+from featcache.fitting.wishes import Wishes
 from featcache.heads import build_head
 from featcache.progress import Progress, SilentProgress
 from featcache.store.features import FeatureSet
@@ -79,19 +80,22 @@ def look_ahead(
     *,
     features: FeatureSet,
     rows: Rows,
-    shots: Sequence[int],
-    tries: int,
-    curve: bool | None,
     left: float = math.inf,
     progress: Progress | None = None,
 ) -> Outlook:
-    """curve: None draws it where the head is one that competes, in `left` seconds or not at all.
+    """A curve that was not wished for is drawn where the head is one that competes, in `left` seconds or not
+    at all.
 
-    A head that cannot be fitted on fewer rows is a note: the one on all of them is there.
+    A head that cannot be fitted on fewer rows is a note: the one on all of them is there. Rows scored of
+    classes that were not trained on say nothing of more rows of the others, and are left out.
     """
     again = _Again(choice, wishes, training, scored, features=features, rows=rows)
-    few, few_notes = _few_shots(again, shots, tries, progress or SilentProgress())
-    drawn, notes = None, list(few_notes)
+    if not len(again.y):
+        none = "no accuracy by fewer labelled images: no row scored is of a class that was trained on"
+        asked = (none,) if wishes.curve or wishes.shots else ()
+        return Outlook(shots=(), curve=None, train_accuracy=scored.train_accuracy, notes=asked)
+    few, few_notes = _few_shots(again, progress or SilentProgress())
+    curve, drawn, notes = wishes.curve, None, list(few_notes)
     if curve or (curve is None and choice.kind.entry and len(training.y) >= LEAST_ROWS):
         attempts = 3 if len(training.y) <= FEW_ROWS else 1
         parts = attempts * sum(FRACTIONS[:-1]) * len(training.y)
@@ -114,15 +118,19 @@ def look_ahead(
                 f"no accuracy by training rows: {slow} of the {wishes.budget:g} s of --budget; --curve asks "
                 "for it all the same"
             )
+    if (few or drawn) and len(again.y) < len(rows.test):
+        notes.append(
+            f"accuracy by fewer labelled images is of the {len(again.y):,} rows scored whose class was "
+            "trained on"
+        )
     return Outlook(shots=tuple(few), curve=drawn, train_accuracy=scored.train_accuracy, notes=tuple(notes))
 
 
-def _few_shots(
-    again: _Again, shots: Sequence[int], tries: int, progress: Progress
-) -> tuple[list[Shots], list[str]]:
+def _few_shots(again: _Again, progress: Progress) -> tuple[list[Shots], list[str]]:
     found: list[Shots] = []
     notes = []
-    for number in sorted(set(shots)):
+    tries = again.wishes.tries
+    for number in sorted(set(again.wishes.shots)):
         images = plural(number, "labelled image")
         progress.start(f"fitting on {images} a class", total=tries, unit="drawings")
 
@@ -172,14 +180,19 @@ class _Pace:
         if self.seconds <= 0:
             raise _TooSlow("nothing is left")
         if expected > self.seconds:
-            raise _TooSlow(f"it would take about {expected:,.0f} s, with {self.seconds:,.0f} s left")
+            about, left = _seconds(expected), _seconds(self.seconds)
+            raise _TooSlow(f"it would take about {about}, longer than the {left} left")
         right = fit(kept)
         self.fitted += len(kept)
         return right
 
 
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+
+
 class _Again:
-    """The chosen head on some of the training rows, scored on the rows held out."""
+    """The chosen head on some of the training rows, scored on the rows held out of classes trained on."""
 
     def __init__(
         self,
@@ -193,18 +206,21 @@ class _Again:
     ) -> None:
         self.choice, self.wishes, self.training, self.scored = choice, wishes, training, scored
         self.known = np.unique(features.y[rows.train])
-        self.X, self.y = take_rows(features.X, rows.test), features.y[rows.test]
+        self.is_known = np.isin(features.y[rows.test], self.known)  # of the rows held out
+        test = rows.test[self.is_known]
+        self.X, self.y = take_rows(features.X, test), features.y[test]
         self.sha256 = features.sha256[rows.train]
         self.groups = rows.groups.take(rows.train) if rows.groups else None
         self.images = number_units(self.sha256)
         self.together = number_units(self.sha256, self.groups)
-        scored_groups = rows.groups.take(rows.test) if rows.groups else None
-        self.units = number_units(features.sha256[rows.test], scored_groups)
+        scored_groups = rows.groups.take(test) if rows.groups else None
+        self.units = number_units(features.sha256[test], scored_groups)
 
     def fitted(self, kept: NDArray[np.int64]) -> NDArray[np.bool_]:
         """With the parameters that were chosen on all rows."""
         if len(kept) == len(self.training.y):
-            right: NDArray[np.bool_] = self.scored.held_out.probabilities.argmax(axis=1) == self.y
+            answers = self.scored.held_out.probabilities.argmax(axis=1)[self.is_known]
+            right: NDArray[np.bool_] = answers == self.y
             return right
         head = build_head(self.choice.head, self.choice.selection.params, seed=self.wishes.seed)
         views = self._views(kept) if self.choice.kind.uses_views else ()

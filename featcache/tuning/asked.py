@@ -22,8 +22,8 @@ _NO_OPTIONS = ("model", "data", "output", "settings", "engine")  # arguments, or
 class Asked:
     """What `finetune` was given, but for where and how fast it computes. Fields are options of the command.
 
-    max_failures: the share of the images that may be unusable. forget: whether classes of the model may lack
-    images.
+    group_by: as `fit` takes it. max_failures: the share of the images that may be unusable. forget: whether
+    classes of the model may lack images.
     """
 
     model: Path
@@ -34,6 +34,7 @@ class Asked:
     follow_links: bool = False
     weights: str | None = None
     backbone: str | None = None
+    group_by: str | None = None
     cache: Cache = "auto"
     store_dtype: StoreDtype = "float16"
     engine: str = AUTO
@@ -46,12 +47,14 @@ class Asked:
         if not 0 <= self.max_failures <= 1:
             raise ValueError(f"max_failures is a fraction from 0 to 1, not {self.max_failures!r}")
 
-    def key(self, *, model: str, images: str) -> dict[str, Any]:
-        """What decides the result. model: sha256 of the file. images: `DataSet.digest`."""
+    def key(self, *, model: str, images: str, groups: str | None = None) -> dict[str, Any]:
+        """What decides the result. model: sha256 of the file. images: `DataSet.digest`. groups: theirs."""
         return {
             "model": model,
             "images": images,
             "settings": self.settings.to_json(),
+            "group_by": self.group_by,
+            "groups": groups,
             "cache": self.cache,
             "store_dtype": self.store_dtype,
             "engine": self.engine,

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,12 @@ from featcache.images.paths import show_path
 from featcache.model import content_digest
 from featcache.spec import show_value
 
+if TYPE_CHECKING:
+    from featcache.tuning.settings import Settings
+
 KIND = "featcache-checkpoint"
 FORMAT = 1  # of what `Trainer` keeps in it; another is the checkpoint of another run
+_BEGIN = "Begin again with --restart."
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -95,4 +99,6 @@ def require_same_run(
         )
 
 
-_BEGIN = "Begin again with --restart."
+def begun_from(settings: Settings, *, model: str, ranks: int) -> dict[str, Any]:
+    """What is known of a run before its images are. model: sha256 of the file."""
+    return {**settings.to_json(), "checkpoint_format": FORMAT, "model": model, "ranks": ranks}

@@ -16,7 +16,7 @@ from featcache.answers import spread
 from featcache.evaluate.comparison import Answers, Difference
 from featcache.evaluate.metrics import Metrics, score
 from featcache.evaluate.report import aligned_lines
-from featcache.evaluate.splits import number_units
+from featcache.evaluate.splits import Groups, number_units
 from featcache.images.paths import show_path
 from featcache.model import Model, image_keys
 from featcache.store.features import FeatureSet
@@ -81,11 +81,13 @@ class Said:
 class Examination:
     """The rows to be scored, and what models say of them."""
 
-    def __init__(self, images: FeatureSet, rows: NDArray[np.int64]) -> None:
+    def __init__(self, images: FeatureSet, rows: NDArray[np.int64], groups: Groups | None = None) -> None:
+        """rows: of `images`, as are `groups`."""
         self._y, self._digests = images.y[rows], images.sha256[rows]
         self._ids = [images.ids[row] for row in rows.tolist()]
         self._classes = images.classes
-        self._units = number_units(self._digests)  # copies of an image say no more than one
+        # Copies of an image say no more than one.
+        self._units = number_units(self._digests, groups.take(rows) if groups else None)
 
     def compare(self, before: Said, kept: Said | None) -> Comparison:
         """kept: None where that is the model before."""

@@ -18,7 +18,8 @@ from featcache.origin import describe_origin
 from featcache.records import SPLITS, Listing
 from featcache.store.features import FeatureSet
 from featcache.store.layout import NO_SPLIT, RowTable
-from featcache.tuning.rows import require_all_classes, tuning_rows
+from featcache.tuning.grouping import named_groups
+from featcache.tuning.rows import TuningRows, require_all_classes, tuning_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,20 +38,22 @@ class DataSet:
     def origin(self) -> dict[str, Any]:
         return describe_origin(self.path, self.root, follow_links=self.follow_links)
 
-    def require_rows(self, model: Model, *, forget: bool) -> None:
-        """HeadError where labels and splits alone say that nothing can be learned, chosen or scored.
+    def require_rows(self, model: Model, *, forget: bool, group_by: str | None = None) -> TuningRows:
+        """The rows, as names tell them.
 
+        HeadError where labels and splits alone say that nothing can be learned, chosen or scored.
         forget: whether classes of the model may lack images. The digests of the images are not known yet, and
         those of their names stand for them: which rows are held out changes by that, not whether there are
-        some.
+        some. Groups that vectors tell are not known yet either.
         """
         table = RowTable.from_records(self.listing.records, self.listing.classes)
         digests = b"".join(hashlib.sha256(path.encode()).digest() for path in table.ids)
         names = np.frombuffer(digests, dtype=np.uint8).reshape(-1, 32)
         named = without_vectors(table, np.arange(len(names)), sha256=names, model=model)
-        rows = tuning_rows(named, model.classes)
+        rows = tuning_rows(named, model.classes, named_groups(group_by, named))
         if not forget:
             require_all_classes(rows, model.classes)
+        return rows
 
     def digest(self) -> str:
         """Of names, labels, splits, sizes and times: equal ones mean that no image need be looked at."""

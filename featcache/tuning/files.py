@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featcache.disk import write_atomically
-from featcache.errors import DiskError, HeadError, ModelError
 from featcache.images.paths import show_path
 from featcache.model import begins_as_model
+from featcache.outputs import require_model
 from featcache.progress import Progress
-from featcache.store.files import begins_as_store
 from featcache.tuning.checkpoint import Checkpoint
-from featcache.tuning.finished import write_report
+from featcache.tuning.report import write_report
 from featcache.tuning.result import FinetuneResult
 
 if TYPE_CHECKING:
@@ -40,32 +39,15 @@ class TuningFiles:
         return self._beside(".json")
 
     def require_writable(self, model: Path) -> None:
-        """Refuse, before any work, to replace a store or the model to begin with, or to write where it cannot
-        be.
+        """Refuse, before any work, to replace the model to begin with or anything but a model and its report.
+
+        StoreError, DataError, DiskError: what is there, or that there is no place.
         """
-        if begins_as_store(self.output):
-            raise HeadError(
-                f"{show_path(self.output)} is a feature store, which would be replaced. Choose another "
-                "--output."
-            )
-        if self.output.exists() and model.exists() and self.output.samefile(model):
-            raise ModelError(
-                f"{show_path(self.output)} is the model to begin with, which would be replaced. Choose "
-                "another --output."
-            )
-        if self.output.is_dir():
-            raise DiskError(f"{show_path(self.output)} is a folder. Name a file in it.")
-        if not self.output.parent.is_dir():
-            raise DiskError(
-                f"{show_path(self.output)} cannot be written: there is no folder "
-                f"{show_path(self.output.parent)}. Make it first."
-            )
+        require_model(self.output, option="--output", needed={"the model to begin with": model})
 
     def former(self) -> str | None:
         """What is where the model is to be, in words."""
-        if begins_as_model(self.output):
-            return "another model"
-        return "another file" if self.output.exists() else None
+        return "another model" if begins_as_model(self.output) else None
 
     def write(
         self, tuned: Tuned, result: FinetuneResult, *, key: Mapping[str, Any], progress: Progress

@@ -76,7 +76,7 @@ class Ranks:
         return self.add_up(values).div_(self.count)
 
     def from_first(self, make: Callable[[], Message]) -> Message:
-        """What the first rank makes while the others wait; its error is raised by all of them."""
+        """What the first rank makes while the others wait; its error is raised by all, and told by it."""
         if self.count == 1:
             return make()
         made, raised = Message(), None
@@ -112,6 +112,7 @@ def _error_of(said: list[str]) -> FeatcacheError:
     error: FeatcacheError = kind(text)
     for note in notes:
         error.add_note(note)
+    error.told_elsewhere = True
     return error
 
 

@@ -22,7 +22,7 @@ from featcache.words import name_some, plural
 class FinetuneResult:
     """What training came to.
 
-    probe_kept: `output` holds just what `model` does. alpha: the share of the trained weights in those that
+    probe_kept: `output` answers just as `model` does. alpha: the share of the trained weights in those that
     were kept, 0 where they are those of the start. choice: how each alpha did on the choice rows, those on
     which the weights to keep were chosen, 0 being the start.
     comparison: of the kept model and `model`, on rows that nothing was chosen on, `scored_on`; None after an

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featcache.errors import HeadError
-from featcache.evaluate.splits import hold_out
+from featcache.evaluate.splits import Groups, hold_out
 from featcache.fitting.rows import choose_rows
 from featcache.store.features import FeatureSet
 from featcache.words import name_some, plural
@@ -25,7 +25,7 @@ class TuningRows:
     """Indices of images, ascending, and how they are called.
 
     classes: of the model to be, those of the model to begin with first. y: (n_images,) indices into
-    `classes`, -1 for what is unlabelled or of a class that cannot be learned.
+    `classes`, -1 for what is unlabelled or of a class that cannot be learned. groups: of all images.
     """
 
     train: NDArray[np.int64]
@@ -37,28 +37,35 @@ class TuningRows:
     chosen_on: str
     scored_on: str
     notes: tuple[str, ...]
+    groups: Groups | None = None
 
 
-def tuning_rows(features: FeatureSet, known: Sequence[str]) -> TuningRows:
+def tuning_rows(features: FeatureSet, known: Sequence[str], groups: Groups | None = None) -> TuningRows:
     """Rows as `fit` chooses them, but that val rows do not join the training rows: they are to choose on.
 
     Where the data has no val split besides what is scored, about a fifth of the training rows is kept for
-    that by content. known: the classes of the model. HeadError: no class in common, or too few rows.
+    that, by content or in whole groups. known: the classes of the model. HeadError: no class in common, or
+    too few rows.
     """
-    rows = choose_rows(features)
+    rows = choose_rows(features, groups)
     _require_common(features.classes, known)
     is_choice = features.splits[rows.train] == "val"
     trained_on, chosen_on = "train", f"the {is_choice.sum():,} of the val split"
     if not is_choice.any():
-        is_choice = hold_out(_second_digest(features.sha256[rows.train]), features.y[rows.train])
+        of_train = groups.take(rows.train) if groups else None
+        if of_train:
+            of_train = replace(of_train, keys=_second_digest(of_train.keys))
+        is_choice = hold_out(_second_digest(features.sha256[rows.train]), features.y[rows.train], of_train)
         whole = plural(len(rows.train), "training row")
         trained_on = f"{rows.trained_on}, but for the choice rows"
-        chosen_on = f"{is_choice.sum():,} of the {whole}, kept from training by content"
+        by = f"in whole groups of {groups.by}" if groups else "by content"
+        chosen_on = f"{is_choice.sum():,} of the {whole}, kept from training {by}"
     train, choice = rows.train[~is_choice], rows.train[is_choice]
     if not len(choice) or not len(train):
+        single = f"training rows in a single group of {groups.by}" if groups else "a single training image"
         raise HeadError(
-            "every class has a single training image: none can be kept to choose weights on. Add images, or "
-            "give some of them a val split."
+            f"every class has {single}: none can be kept to choose weights on. Add images, or give some of "
+            "them a val split."
         )
     there = {features.classes[k] for k in np.unique(features.y[train])}
     new = [name for name in features.classes if name in there and name not in known]
@@ -76,8 +83,10 @@ def tuning_rows(features: FeatureSet, known: Sequence[str]) -> TuningRows:
         notes=(
             *_notes(features, known, there, new),
             *_copies(features, train, choice),
+            *_crossing(groups, train, choice),
             *_other_notes(rows.notes),
         ),
+        groups=groups,
     )
 
 
@@ -117,6 +126,16 @@ def _copies(features: FeatureSet, train: NDArray[np.int64], choice: NDArray[np.i
     if not shared:
         return []
     return [f"{shared:,} of the {len(choice):,} choice rows are images that were also trained on"]
+
+
+def _crossing(groups: Groups | None, train: NDArray[np.int64], choice: NDArray[np.int64]) -> list[str]:
+    """Of a val split, which is kept as it is."""
+    if groups is None:
+        return []
+    mixed = int(np.isin(groups.index[choice], groups.index[train]).sum())
+    if not mixed:
+        return []
+    return [f"{mixed:,} of the {len(choice):,} choice rows share a group of {groups.by} with rows trained on"]
 
 
 def _other_notes(notes: Sequence[str]) -> list[str]:

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from featcache.backbones import Backbone
 from featcache.backbones.cut import Tail
 from featcache.backbones.tuned import network_tensors, tuned_identity
+from featcache.evaluate.groups import find_groups
+from featcache.evaluate.splits import Groups
 from featcache.heads.temperature import fit_temperature
 from featcache.images.paths import show_path
 from featcache.interrupts import StopRequest
@@ -23,10 +25,10 @@ from featcache.model import Model, image_keys
 from featcache.progress import Progress
 from featcache.store.features import FeatureSet
 from featcache.tuning.activations import Prepared
-from featcache.tuning.checkpoint import Checkpoint
+from featcache.tuning.checkpoint import Checkpoint, begun_from
 from featcache.tuning.choose import Choice, choose_weights
 from featcache.tuning.comparison import Comparison, Examination, Said
-from featcache.tuning.finished import begun_from
+from featcache.tuning.grouping import groups_digest, needs_vectors
 from featcache.tuning.network import TunedNetwork, Weights
 from featcache.tuning.ranks import Message, Ranks
 from featcache.tuning.rows import TuningRows, tuning_rows
@@ -38,9 +40,13 @@ from featcache.tuning.train import STOPPED, Trainer, TrainingState
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Tuned:
-    """What a run came to. model: to be kept; comparison: None where the run was stopped."""
+    """What a run came to. model: to be kept; if `probe_kept`, the one to begin with, with a note of the run.
+
+    comparison: None where the run was stopped.
+    """
 
     model: Model
+    probe_kept: bool
     choice: Choice
     state: TrainingState
     rows: TuningRows
@@ -56,7 +62,8 @@ class Tuned:
 class TuningRun:
     """Trains the tail of a model's backbone and its head; `where` is the model's file, of this sha256.
 
-    checkpoint: the file that keeps the state of the run, every `checkpoint_seconds` and after each epoch.
+    group_by: as `fit` takes it. checkpoint: the file that keeps the state of the run, every
+    `checkpoint_seconds` and after each epoch.
     """
 
     model: Model
@@ -66,6 +73,7 @@ class TuningRun:
     tail: Tail
     prepared: Prepared
     settings: Settings
+    group_by: str | None = None
     ranks: Ranks
     progress: Progress
     checkpoint: Path
@@ -77,8 +85,8 @@ class TuningRun:
 
         ModelError: the checkpoint is of another run. HeadError: no epoch ended before the loss was no number.
         """
-        self.rows = tuning_rows(self.prepared.images, self.model.classes)
         computing = Computing(self.prepared.source, self.ranks)
+        self.rows = tuning_rows(self.prepared.images, self.model.classes, self._groups(computing))
         network = TunedNetwork(self.tail, self._start_layer(computing), self.settings)
         network.to(self.ranks.device).to(memory_format=torch.channels_last)
         start, run = network.copy_weights(), self._identity()
@@ -110,6 +118,26 @@ class TuningRun:
 
     # The start
 
+    def _groups(self, computing: Computing) -> Groups | None:
+        """Of all images, as the first rank finds them, by paths, a table or what the model's head gets."""
+        by, images = self.group_by, self.prepared.images
+        if by is None:
+            return None
+        if needs_vectors(by):
+            self._place_tail()
+            X = computing.over(np.arange(len(images)), self.tail, width=self.model.num_features)
+            images = replace(images, X=X.astype(np.float32))
+
+        def find() -> Message:
+            groups = find_groups(by, images, progress=self.progress)
+            return Message(arrays={"index": groups.index, "keys": groups.keys})
+
+        found = self.ranks.from_first(find).arrays
+        return Groups(index=found["index"], keys=found["keys"], by=by)
+
+    def _place_tail(self) -> None:
+        self.tail.to(self.ranks.device).to(memory_format=torch.channels_last)
+
     def _start_layer(self, computing: Computing) -> torch.nn.Linear:
         """The head to begin with, over all classes of the run."""
         n_classes, width = len(self.rows.classes), self.model.num_features
@@ -119,7 +147,7 @@ class TuningRun:
             weights, bias = linear_head(self.model, where=str(self.where)).as_linear()
             return make_layer(weights, bias, columns=range(len(self.model.classes)), n_classes=n_classes)
         y = self.rows.y[self.rows.train]
-        self.tail.to(self.ranks.device).to(memory_format=torch.channels_last)
+        self._place_tail()
         X = computing.over(self.rows.train, self.tail, width=width).astype(np.float32)
         fitted = self.ranks.from_first(lambda: self._refit(X, y)).arrays
         return make_layer(
@@ -137,6 +165,7 @@ class TuningRun:
         run = {
             **begun_from(self.settings, model=self.sha256, ranks=self.ranks.count),
             "images": _images_digest(self.prepared.images),
+            "groups": groups_digest(self.rows.groups),
             "cached": self.prepared.cached,
             "store_dtype": self.prepared.store_dtype,
         }
@@ -164,22 +193,30 @@ class TuningRun:
     ) -> Tuned:
         """The model that is kept, compared with the one to begin with where training came to its end."""
         ended = state.why_ended != STOPPED
-        rows, examination = self.rows, Examination(self.prepared.images, self.rows.test)
+        rows = self.rows
+        examination = Examination(self.prepared.images, rows.test, rows.groups)
         network.load_weights(start)
         before = self._say(self.model, computing) if ended else None
         network.load_weights(choice.weights)
-        kept, comparison = self.model, None
         # A model that does not know all classes is no answer, even where training gained nothing.
-        if choice.alpha or rows.classes != self.model.classes:
+        probe_kept = not choice.alpha and rows.classes == self.model.classes
+        kept, temperature = self.model, None
+        if not probe_kept:
             temperature = self._temperature(computing.scores(network, rows.choice))
-            kept = self._tuned_model(network, choice, state, temperature)
+            kept = self._tuned_model(network, choice, temperature)
+        comparison = None
         if before is not None:
-            said = None if kept is self.model else self._say(kept, computing)
-            comparison = examination.compare(before, said)
-        if kept is not self.model:
-            kept = replace(kept, metrics=self._metrics(comparison, state))
+            comparison = examination.compare(before, None if probe_kept else self._say(kept, computing))
+        metrics = self.model.metrics if probe_kept else self._metrics(comparison, state)
+        record = self._record(choice, state, temperature=temperature)
         return Tuned(
-            model=kept, choice=choice, state=state, rows=rows, comparison=comparison, notes=rows.notes
+            model=replace(kept, metrics=metrics, provenance={**kept.provenance, **record}),
+            probe_kept=probe_kept,
+            choice=choice,
+            state=state,
+            rows=rows,
+            comparison=comparison,
+            notes=rows.notes,
         )
 
     def _say(self, model: Model, computing: Computing) -> Said:
@@ -200,26 +237,10 @@ class TuningRun:
             scored["train_accuracy"] = state.curve[-1].accuracy
         return scored
 
-    def _tuned_model(
-        self,
-        network: TunedNetwork,
-        choice: Choice,
-        state: TrainingState,
-        temperature: float,
-    ) -> Model:
+    def _tuned_model(self, network: TunedNetwork, choice: Choice, temperature: float) -> Model:
         """The weights the network has now as a model that brings its own network."""
         identity = tuned_identity(self.backbone, label=f"fine-tuned from {self.where.name}")
         head = network.head
-        tuned = {
-            "from": self.where.name,
-            "weights": dict(self.model.weights),
-            "settings": self.settings.to_json(),
-            "blocks": list(self.tail.blocks),
-            "epochs": state.epoch,
-            "best_epoch": state.best_epoch,
-            "temperature": temperature,
-            **choice.to_json(),
-        }
         return Model(
             head_name="linear",
             params={},
@@ -238,12 +259,34 @@ class TuningRun:
                 views=1,
             ),
             nodes=self.model.nodes,
-            provenance={**self.model.provenance, "weights": asdict(identity), "tuned": tuned},
+            provenance={**self.model.provenance, "weights": asdict(identity)},
             metrics={},
-            chosen={"by": "accuracy, then log-loss, on the choice rows", "candidates": tuned["choice"]},
+            chosen={
+                "by": "accuracy, then log-loss, on the choice rows",
+                "candidates": choice.to_json()["choice"],
+            },
             network=network_tensors(self.backbone.module),
             trained_on=np.union1d(self.model.trained_on, self._images_seen()),
         )
+
+    def _record(self, choice: Choice, state: TrainingState, *, temperature: float | None) -> dict[str, Any]:
+        """What the model file says of this fine-tuning and of those before it.
+
+        temperature: of the head that was trained; None where the model to begin with is kept.
+        """
+        tuned = {
+            "from": self.where.name,
+            "weights": dict(self.model.weights),
+            "settings": self.settings.to_json(),
+            "blocks": list(self.tail.blocks),
+            "epochs": state.epoch,
+            "best_epoch": state.best_epoch,
+            "temperature": temperature,
+            "probe_kept": temperature is None,
+            **choice.to_json(),
+        }
+        before = [dict(one) for one in self.model.tunings]
+        return {"tuned": tuned, "tuned_before": before} if before else {"tuned": tuned}
 
     def _images_seen(self) -> NDArray[np.uint64]:
         """Of the images that were trained on, and of those on which the weights were chosen."""

@@ -43,7 +43,7 @@ from featcache.backbones import Backbone, make_backbone
 from featcache.commands.embed import embed
 from featcache.commands.repair import repair
 from featcache.errors import FeatcacheError, ModelError, StoreError
-from featcache.fitting import fit_features
+from featcache.fitting import Wishes, fit_features
 from featcache.model import Model
 from featcache.records import RowStatus
 from featcache.spec import Preprocessing
@@ -717,7 +717,7 @@ def _save_model(folder: Path, classes: int) -> int:
 
 @cache
 def _model(classes: int) -> Model:
-    return fit_features(gaussian_features(k=classes, d=40), head="ncm", provenance=PROVENANCE)[1]
+    return fit_features(gaussian_features(k=classes, d=40), Wishes(head="ncm"), provenance=PROVENANCE)[1]
 
 
 def _model_bytes(classes: int) -> bytes:

@@ -34,7 +34,7 @@ import featcache.store.opening
 from faults.structure import Checked, find_checked
 from featcache.commands.info import info
 from featcache.errors import FeatcacheError
-from featcache.fitting import fit_features
+from featcache.fitting import Wishes, fit_features
 from featcache.heads import HEADS
 from featcache.model import Model, content_digest
 from featcache.records import SPLITS, RowStatus
@@ -52,10 +52,13 @@ HEAD_NAMES = (
     "sklearn:MLPClassifier",
     "sklearn:GradientBoostingClassifier",
     "sklearn:GaussianNB",
+    "sklearn:HistGradientBoostingClassifier",
+    "sklearn:KNeighborsClassifier",
 )
 _QUICK: Mapping[str, Mapping[str, Any]] = {
     "sklearn:RandomForestClassifier": {"n_estimators": 3},
     "sklearn:GradientBoostingClassifier": {"n_estimators": 2},
+    "sklearn:HistGradientBoostingClassifier": {"max_iter": 2, "min_samples_leaf": 3},
     "sklearn:MLPClassifier": {"hidden_layer_sizes": [4], "max_iter": 20},
 }
 
@@ -110,7 +113,8 @@ def _make_model(name: str) -> Model:
             "output_bias": np.zeros(3),
         }
         return replace(_make_model("logistic"), head_name="mlp", params={"width": 4}, arrays=arrays)
-    return fit_features(gaussian_features(), head=name, params=_QUICK.get(name), provenance=PROVENANCE)[1]
+    wishes = Wishes(head=name, params=_QUICK.get(name, {}))
+    return fit_features(gaussian_features(), wishes, provenance=PROVENANCE)[1]
 
 
 def _with_dense_links(path: Path, copy: Path) -> bytes:
