@@ -26,7 +26,7 @@ from featcache.errors import HeadError, ModelError
 from featcache.heads import find_head
 from featcache.images.paths import show_path
 from featcache.spec import FeatureNode, FeatureSpec, require_shallow
-from featcache.words import show_text
+from featcache.words import name_some, show_text
 
 if TYPE_CHECKING:
     from featcache.heads.base import Head
@@ -339,7 +339,9 @@ def _check_arrays(path: Path, model: Model, expected: Mapping[str, tuple[str, ..
     """Names, shapes and values of the arrays, against the classes and the node's features."""
     sizes: dict[str, int] = {"K": len(model.classes), "D": model.num_features}
     if set(model.arrays) != set(expected):
-        _refuse(path, f"it holds the arrays {sorted(model.arrays)}, not {sorted(expected)}")
+        _refuse(
+            path, f"it holds the arrays {name_some(sorted(model.arrays))}, not {', '.join(sorted(expected))}"
+        )
     for name, letters in expected.items():
         array = model.arrays[name]
         if array.ndim != len(letters):

@@ -7,6 +7,8 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+NAME_LENGTH = 300  # characters of a name among others
+
 
 def plural(count: int, one: str, many: str | None = None) -> str:
     """`1 row`, `2,000 rows`; `many` where it is not `one` with an s."""
@@ -19,9 +21,13 @@ def show_text(text: str) -> str:
 
 
 def name_some(names: Sequence[str], *, limit: int = 5) -> str:
-    """`a, b, c, d, e and 12 more`: the first few names, each by `show_text`."""
-    said = ", ".join(show_text(name) for name in names[:limit])
+    """`a, b, c, d, e and 12 more`: the first few names, each by `show_text`, as far as a line has room."""
+    said = ", ".join(_beginning(show_text(name)) for name in names[:limit])
     return said if len(names) <= limit else f"{said} and {len(names) - limit:,} more"
+
+
+def _beginning(text: str) -> str:
+    return text if len(text) <= NAME_LENGTH else f"{text[: NAME_LENGTH - 1]}…"
 
 
 def spell_options(asked: Mapping[str, tuple[Any, Any]]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Words for people: a command is taken apart by a shell into just the words it was made of."""
+"""Words for people: names that have room beside each other, and commands that a shell takes apart rightly."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from featcache.words import shell_command
+from featcache.words import NAME_LENGTH, name_some, shell_command
 
 WORDS = [
     "plain",
@@ -31,3 +31,9 @@ def test_a_shell_takes_a_command_apart_into_its_words() -> None:
 
 def test_a_path_is_no_option() -> None:
     assert shell_command(["rm", "-r", Path("-r"), Path("a/-r")]) == "rm -r ./-r a/-r"
+
+
+def test_a_name_among_others_leaves_room_for_them() -> None:
+    said = name_some(["x" * 5000, "short"])
+    assert said.endswith("x…, short")
+    assert len(said) == NAME_LENGTH + len(", short")
