@@ -205,7 +205,7 @@ def put(**values: Any) -> Callable[[dict[str, Any]], object]:
         (put(node="layer3"), "KeyError: 'layer3'"),
         (put(params={"power": 3}), "cannot be rebuilt.*power"),
         (put(params=3), "cannot be read"),
-        (put(head="knn"), "arrays ['coef', 'intercept'], not ['labels', 'vectors']"),
+        (put(head="knn"), "arrays coef, intercept, not labels, vectors"),
         *((drop(name), name) for name in ("head", "classes", "spec", "node", "provenance")),
     ],
 )  # fmt: skip
@@ -227,8 +227,8 @@ def test_a_description_that_contradicts_itself_is_refused(
         ({"intercept": np.zeros(2)}, "intercept has shape (2,)"),
         ({"coef": np.full((3, 5), np.nan)}, "coef holds values that are not finite"),
         ({"intercept": np.array([0, np.inf, 0])}, "intercept holds values that are not finite"),
-        ({"intercept": None}, "arrays ['coef'], not ['coef', 'intercept']"),
-        ({"more": np.zeros(1)}, "arrays ['coef', 'intercept', 'more']"),
+        ({"intercept": None}, "arrays coef, not coef, intercept"),
+        ({"more": np.zeros(1)}, "arrays coef, intercept, more"),
     ],
 )
 def test_arrays_that_do_not_fit_the_description_are_refused(
