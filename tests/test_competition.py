@@ -14,6 +14,7 @@ from scipy.stats import binom
 
 from featcache import fitting
 from featcache.errors import HeadError
+from featcache.evaluate import compete
 from featcache.evaluate.compete import competition_lines, paired_difference
 from featcache.evaluate.metrics import Z95
 from featcache.evaluate.select import Selection, _Search
@@ -84,6 +85,16 @@ def test_a_head_that_is_surely_better_wins_however_simple_the_others_are() -> No
     by_name = {one.head: one for one in result.competition.contenders}
     assert by_name["logistic"].behind > 3 * by_name["logistic"].behind_se
     assert "knn is taken: it has the lowest log-loss, beyond its standard error" in result.describe()
+
+
+def test_heads_that_differ_by_next_to_nothing_are_tied_however_surely(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compete, "NEGLIGIBLE", 10.0)
+    result = run(crossed())
+    assert result.head == "ncm"
+    assert all(one.is_tied for one in result.competition.contenders)
+    assert "ncm is taken: the simplest within 0.1 % of the lowest log-loss, that of knn" in result.describe()
 
 
 def test_the_table_is_of_the_rows_that_folds_held_out() -> None:

@@ -37,7 +37,7 @@ REFUSED = {
     "takes categories": ["CategoricalNB"],
     "no answer for images far": ["LabelPropagation", "LabelSpreading", "RadiusNeighborsClassifier"],
     "holds .*, which a model file may not contain": ["GaussianProcessClassifier"],
-    "needs another estimator|'estimator' parameter": [
+    "needs another estimator": [
         "ClassifierChain",
         "FixedThresholdClassifier",
         "MultiOutputClassifier",
@@ -106,15 +106,26 @@ def test_what_an_estimator_says_is_the_same_once_it_was_saved(name: str, params:
     np.testing.assert_array_equal(again.predict(features.X), head.predict(features.X))
 
 
-@pytest.mark.parametrize(
-    "name", [name for words, names in REFUSED.items() if "estimator" not in words for name in names]
-)
+@pytest.mark.parametrize("name", WHY)
 def test_what_could_not_be_used_is_refused_before_any_work(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FeatureStore, "open", lambda *_, **__: pytest.fail("the store was opened"))
     with pytest.raises(HeadError, match=WHY[name]):
         fit(tmp_path / "s.h5", head=f"sklearn:{name}")
+
+
+@pytest.mark.parametrize("k", [35, 100])
+def test_more_neighbours_than_the_folds_have_rows_are_told_as_such(k: int, tmp_path: Path) -> None:
+    params = {"n_neighbors": k}
+    EstimatorHead("KNeighborsClassifier", params=params).require_savable()  # of more rows they can be asked
+    path = write_store(tmp_path / "s.h5", gaussian_features({"train": 40, "test": 20}))
+    words = f"n_neighbors is {k}, more than the 3[12] rows .* Pass a lower"
+    with pytest.raises(HeadError, match=words) as caught:
+        fit(path, head="sklearn:KNeighborsClassifier", params=params, curve=False)
+    assert "\n" not in str(caught.value)
+    more = write_store(tmp_path / "more.h5", gaussian_features({"train": 600, "test": 20}))
+    assert fit(more, head="sklearn:KNeighborsClassifier", params=params, curve=False).metrics.accuracy > 0.9
 
 
 def test_a_variance_of_zero_is_floored_or_refused(tmp_path: Path) -> None:

@@ -206,6 +206,7 @@ def test_a_class_the_model_does_not_know_counts_as_errors(
     assert result.unknown_classes == {"a new one": 8}
     assert result.metrics.classes == ("a new one", "class0", "class1", "class2")
     assert any("8 rows of classes the model does not know" in note for note in result.notes)
+    assert "given practically no probability, such as of classes not trained on" in result.describe()
     # A class of the model that the data lacks is no error, but an answer that can be given.
     by_name = {row.name: row for row in result.metrics.per_class}
     assert by_name["class2"].n == 0
@@ -339,6 +340,16 @@ def test_a_csv_replaces_only_a_table_of_before(work: Work, tmp_path: Path) -> No
         (tmp_path / "rows.CSV").write_text("path,label,predicted,probability,correct\nof before")
         ask(work, work.store, csv_file=tmp_path / name)
         assert (tmp_path / name).read_text().startswith("path,label,")
+
+
+def test_a_csv_is_a_file_with_a_name(work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = CliRunner().invoke(main, ["evaluate", str(work.model), str(work.store), "--csv", "-"])
+    assert (ran.exit_code, ran.stdout) == (2, "")
+    assert ran.stderr.splitlines()[-1] == (
+        "Error: evaluate prints scores: --csv takes the name of a file, not -."
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_scores_are_not_lost_with_a_csv_that_cannot_be_written(

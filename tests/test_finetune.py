@@ -23,6 +23,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from featcache import embedder
+from featcache.backbones.weights import LICENCES
 from featcache.cli import main
 from featcache.commands.embed import embed
 from featcache.commands.evaluate import evaluate_model
@@ -233,6 +234,13 @@ def test_what_the_first_fine_tuning_began_with_is_known_ever_after(work: Work, t
     facts = [info(path).facts for path in paths]
     assert facts[3]["weights at first"] == facts[0]["weights"]
     assert "weights at first" not in facts[0]
+    assert [one["fine-tuned from"] for one in facts[2:]] == [[path.name for path in paths[:2]]] * 2
+    assert facts[3]["licence of the weights"] == LICENCES[str(old.weights["source"])]
+    named = [{**one, "weights": {"source": "torchvision", "label": "X"}} for one in models[2].tunings[:1]]
+    replace(models[2], provenance={**models[2].provenance, "tuned_before": named}).save(tmp_path / "n.model")
+    said = info(tmp_path / "n.model").describe()
+    assert f"`featcache backbones {old.spec.backbone}` names it" in said
+    assert f"fine-tuned from: {paths[0].name}, {paths[1].name}" in " ".join(said.split())
 
 
 def test_augmented_views_are_trained_on_and_plain_ones_scored(work: Work, tmp_path: Path) -> None:
@@ -259,6 +267,13 @@ def test_the_probe_is_kept_where_tuning_does_not_beat_it(work: Work, tmp_path: P
     result = tune(work, tmp_path / "t.model", lr=0.0, head_lr=0.0)
     assert result.probe_kept
     assert "MODEL2 is MODEL, since nothing that was trained was better by more than" in result.describe()
+    why = "(the start is kept unless another is right on more rows, beyond one standard error)"
+    assert why not in result.describe()
+    worse = {"accuracy": 0.5, "log_loss": 0.0610}
+    others = (({"log_loss": 0.0576}, True), ({"accuracy": 0.6}, True), ({"log_loss": 0.06099}, False))
+    for better, said in others:
+        choice = ({"alpha": 0.0, **worse}, {"alpha": 0.25, **worse, **better})
+        assert (why in replace(result, choice=choice).describe()) == said
     kept, old = Model.load(tmp_path / "t.model"), Model.load(work.model)
     assert not kept.network
     assert [one["probe_kept"] for one in kept.tunings] == [True]
@@ -394,8 +409,8 @@ def test_the_log_says_what_decides(work: Work, tmp_path: Path, monkeypatch: pyte
     tune(work, tmp_path / "t.model", epochs=4, progress=told)
     assert any("accuracy decides, and where it is the same, log-loss" in note for note in told.notes)
     said = [note for note in told.notes if note.startswith("epoch")]
-    assert ["best so far by accuracy" in note for note in said] == [False, True, False, False]
-    assert ["best so far by log-loss at the same accuracy" in note for note in said] == [
+    assert ["best epoch so far by accuracy" in note for note in said] == [False, True, False, False]
+    assert ["best epoch so far by log-loss at the same accuracy" in note for note in said] == [
         False,
         False,
         True,

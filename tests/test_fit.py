@@ -421,7 +421,7 @@ def test_what_is_no_store_or_no_node_is_refused(store: Path) -> None:
         fit(store.parent)
     with pytest.raises(NotAStore):
         fit(store.parent / "none.h5")
-    with pytest.raises(StoreError, match="no node 'layer3'; it holds penultimate. Did you mean penultimate"):
+    with pytest.raises(StoreError, match="no node 'layer3'; it holds penultimate. Name one of these"):
         fit(store, node="layer3")
     with pytest.raises(StoreError, match="given one by one: --node penultimate --node layer3"):
         fit(store, node="penultimate+layer3")

@@ -18,6 +18,8 @@ from featcache.cli import main
 from featcache.commands.embed import embed
 from featcache.commands.fit import fit
 from featcache.evaluate.compete import Competition, Contender
+from featcache.evaluate.metrics import score
+from featcache.evaluate.report import score_lines
 from featcache.evaluate.select import Candidate
 from featcache.fitting import Files, FitResult, Wishes, fit_features, outlook
 from featcache.fitting.advice import advise
@@ -61,6 +63,10 @@ def contender(head: str, simplicity: int, behind: float, se: float, *, chosen: b
             "tied in cross-validation with knn, though ahead",
         ),
         (
+            [("ncm", 1, 0, 0, True), ("ridge", 3, 0.0003, 0.0001, False), ("knn", 6, 0.02, 0.05, False)],
+            "tied in cross-validation with ridge and knn, though ahead",
+        ),
+        (
             [("ncm", 1, 0.3, 0.1, False), ("ridge", 3, 0.0, 0.0, True)],
             "surely better in cross-validation than ncm, the runner-up, by 3.0 standard errors of log-loss",
         ),
@@ -81,6 +87,20 @@ def test_the_first_sentence_says_how_sure_the_choice_of_the_head_is(
     )
     competition = Competition(contenders=field, left_out=(), weighted=False)
     assert words in summarise(replace(plain, competition=competition))
+
+
+def test_few_rows_make_no_head_surely_better(plain: FitResult) -> None:
+    field = (contender("ncm", 1, 0.3, 0.1), contender("ridge", 3, 0.0, 0.0, chosen=True))
+    result = replace(plain, competition=Competition(contenders=field, left_out=(), weighted=False))
+    assert result.cross_validated is not None
+    few, enough = (
+        summarise(replace(result, cross_validated=replace(result.cross_validated, n_units=n)))
+        for n in (49, 50)
+    )
+    assert few.endswith(
+        "; ahead in cross-validation of ncm, the runner-up; 49 rows held out are too few to be sure"
+    )
+    assert "surely better" in enough
 
 
 def test_the_report_begins_with_the_head_its_nodes_and_its_score(plain: FitResult) -> None:
@@ -115,11 +135,22 @@ def test_rows_of_classes_that_were_not_trained_on_are_said_at_the_top_and_beside
     assert m.nll_of_others == pytest.approx(by_hand, rel=1e-6)
     assert m.nll == pytest.approx((10 * -np.log(1e-15) + 20 * by_hand) / 30)
     (line,) = [line for line in result.describe().splitlines() if line.startswith("  log-loss")]
-    assert "with 10 rows whose true class was given no probability, such as of classes not trained on" in line
+    given = "with 10 rows whose true class was given practically no probability"
+    assert f"{given}, such as of classes not trained on; " in line
     assert f"; {by_hand:.4f} without them" in line
     whole = run(features)
     assert (whole.metrics.no_chance, whole.untrained) == (0, ())
     assert whole.metrics.nll_of_others == whole.metrics.nll
+
+
+def test_a_confident_miss_is_not_put_down_to_a_class_that_was_not_trained_on() -> None:
+    said = np.array([[1.0, 0.0], [1.0, 0.0], [0.2, 0.8]])
+    missed = score(np.array([0, 1, 1]), said, ("cat", "dog"))
+    (line,) = [line for line in score_lines(missed, on="test") if line.startswith("  log-loss")]
+    given = ", with 1 row whose true class was given practically no probability"
+    assert line.endswith(f"{given}; {-np.log(0.8) / 2:.4f} without it")
+    (line,) = [line for line in score_lines(missed, on="test", untrained=True) if "log-loss  " in line]
+    assert "no probability, such as of classes not trained on; " in line
 
 
 def test_classes_that_were_not_trained_on_come_first_and_are_no_sign_of_the_fit() -> None:

@@ -239,6 +239,25 @@ def test_many_images_that_are_all_alike_take_no_memory_for_their_pairs() -> None
     assert peak < 150e6  # all pairs are 18 million, of 16 bytes
 
 
+@pytest.mark.parametrize("splits", [{"": 60}, {"train": 40, "test": 20}])
+def test_features_that_are_all_alike_are_told_from_groups_that_are_too_coarse(splits: dict[str, int]) -> None:
+    features = gaussian_features(splits)
+    features = replace(features, X=np.ones_like(features.X))
+    words = "similar finds 60 of the 60 rows alike: these features do not tell the images apart. Embed with"
+    with pytest.raises(HeadError, match=words):
+        choose_rows(features, find_groups("similar", features))
+
+
+@pytest.mark.parametrize(("alike", "said"), [(57, True), (56, False)])
+def test_one_group_of_nearly_all_rows_is_a_note(alike: int, said: bool) -> None:
+    features = gaussian_features({"train": 40, "test": 20}, d=60)
+    X = np.eye(60, dtype=np.float32)
+    X[:alike] = X[0]
+    features = replace(features, X=np.roll(X, 10, axis=0))
+    notes = "; ".join(choose_rows(features, find_groups("similar", features)).notes)
+    assert (f"similar finds {alike} of the 60 rows alike" in notes) == said
+
+
 def test_similar_images_are_told_by_their_digests_not_by_their_order() -> None:
     features = near_copies()
     order = np.random.default_rng(1).permutation(180)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from featcache.heads import HEADS, build_head, find_head
 from featcache.heads.estimators import EstimatorHead
 from featcache.heads.logistic import LogisticHead
 from featcache.heads.neighbors import NeighborsHead
-from featcache.heads.parameters import parse_value
+from featcache.heads.parameters import parse_params, parse_value
 from featcache.heads.ridge import RidgeHead
 from featcache.heads.standardize import Standardizer, rotate
 from featcache.heads.temperature import fit_temperature
@@ -191,6 +192,14 @@ def test_parameters_mean_what_they_say(text: str, value: object) -> None:
     assert type(parse_value(text)) is type(value)
 
 
+@pytest.mark.parametrize(("text", "written"), [("(8,8)", "[8,8]"), (" (8,) ", "[8]"), ("()", "[]")])
+def test_a_tuple_is_refused_with_the_list_to_write(text: str, written: str) -> None:
+    words = f"sizes={text.strip()} is a text and no list. Write sizes={written}."
+    with pytest.raises(HeadError, match=re.escape(words)):
+        parse_params({"alpha": "1", "sizes": text})
+    assert parse_params({"sizes": written}) == {"sizes": json.loads(written)}
+
+
 @pytest.mark.parametrize(
     ("name", "params", "words"),
     [
@@ -200,6 +209,12 @@ def test_parameters_mean_what_they_say(text: str, value: object) -> None:
         ("logistic", {"c": 1}, "no parameter 'c'. Did you mean C"),
         ("sklearn:SVC", {"gama": 1}, "Did you mean gamma"),
         ("sklearn:VotingClassifier", {}, "needs another estimator"),
+        ("sklearn:SelfTrainingClassifier", {}, "needs another estimator"),
+        ("foo", {}, "there is no head 'foo'. Heads: "),
+        ("sklearn:Foo", {}, "no classifier 'Foo'. Name one by its class, such as SVC, "),
+        ("sklearn:", {}, "sklearn: is followed by the name of a classifier of scikit-learn, such as SVC, "),
+        ("ridge", {"foo": 1}, "ridge has no parameter 'foo'. It has alpha, class_weight, "),
+        ("sklearn:SVC", {"foo": 1}, "sklearn:SVC has no parameter 'foo'. It has C, break_ties, "),
     ],
 )
 def test_what_does_not_exist_is_named_with_the_nearest(name: str, params: Any, words: str) -> None:

@@ -21,6 +21,16 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 RANDOM = "random"
+# By what the provenance says of where the weights are from; a licence is only named where it is known.
+LICENCES: Mapping[str, str] = {
+    "bundled": "Apache-2.0, as the pip package they come in says",
+    "torchvision": "torchvision names the data and the recipe of each set of weights in its documentation "
+    "(https://pytorch.org/vision/stable/models.html); read that and the terms of ImageNet before you ship",
+    "file": "not recorded: ask whoever made the file",
+    "random": "none: they were drawn at random",
+    "user": "yours: they came with your own code",
+    "tuned": "that of the weights the first fine-tuning began with, which this model does not name",
+}
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
 _PARALLEL_PREFIX = "module."
 

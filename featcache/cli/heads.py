@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from featcache.cli.group import emit, main
+from featcache.cli.group import OnceEach, emit, main
 from featcache.cli.options import (
     GROUPINGS,
     json_option,
@@ -34,7 +34,7 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) 
     return found
 
 
-@main.command(short_help="Choose, fit and score a head on cached features.")
+@main.command(cls=OnceEach, short_help="Choose, fit and score a head on cached features.")
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), metavar="MODEL",

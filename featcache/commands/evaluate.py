@@ -92,7 +92,7 @@ class EvaluateResult:
 
     def describe(self) -> str:
         lines = [f"{show_path(self.model)} ({self.head}) on {show_path(self.data)}"]
-        lines += score_lines(self.metrics, on=self.scored_on)
+        lines += score_lines(self.metrics, on=self.scored_on, untrained=bool(self.unknown_classes))
         if self.abstained:
             lines.append(
                 f"answering from a probability of {self.abstain_below:g}: {self.abstained.describe()}"
@@ -169,7 +169,8 @@ def evaluate_model(
     given = _Given.of(fitted, rows, answers, classes)
     metrics, unknown = given.score(), _unknown(fitted, given.rows)
     if csv_file is not None:
-        _write_csv(Path(csv_file), _to_csv(fitted, rows, answers), scores=score_lines(metrics, on=scored_on))
+        scores = score_lines(metrics, on=scored_on, untrained=bool(unknown))
+        _write_csv(Path(csv_file), _to_csv(fitted, rows, answers), scores=scores)
     scored = Scored(
         model=Path(model),
         fitted=fitted,

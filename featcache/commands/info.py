@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from featcache.backbones.weights import LICENCES
 from featcache.disk import open_regular
 from featcache.errors import ModelError, NotAStore
 from featcache.model import Model
@@ -109,12 +110,29 @@ def _model_facts(path: Path, model: Model) -> dict[str, Any]:
         "spec": model.spec.flat(),
         "fingerprint": model.fingerprint,
         "weights": _weights_words(model.weights),
-        **({"weights at first": _weights_words(model.first_weights)} if model.network else {}),
+        **(_tuned_facts(model) if model.network else {}),
         "metrics": {
             name: value for name, value in model.metrics.items() if name not in _TABLES and value is not None
         },
         "bytes": os.path.getsize(path),
     }
+
+
+def _tuned_facts(model: Model) -> dict[str, Any]:
+    """Where a fine-tuned network comes from: the models it was, the first one first, and how that began."""
+    kept = [one for one in model.tunings if one.get("probe_kept") is not True]
+    return {
+        "fine-tuned from": [name for one in kept if isinstance(name := one.get("from"), str)],
+        "weights at first": _weights_words(model.first_weights),
+        "licence of the weights": _licence(model),
+    }
+
+
+def _licence(model: Model) -> str:
+    source = model.first_weights["source"]
+    if source == "torchvision":  # which says it only where torch is imported
+        return f"`featcache backbones {model.spec.backbone}` names it"
+    return LICENCES.get(source, "not recorded")
 
 
 def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:

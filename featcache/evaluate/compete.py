@@ -28,6 +28,7 @@ from featcache.heads import HEADS, HeadKind
 from featcache.heads.entry import Entry, Size
 from featcache.progress import Progress, SilentProgress
 
+NEGLIGIBLE = 1e-3  # of the lowest log-loss: heads that differ by less are tied, however surely they differ
 QUICK = 3.0  # seconds, by arithmetic, below which a head's search is not worth a bar
 
 
@@ -51,8 +52,8 @@ class Contender:
 
     @property
     def is_tied(self) -> bool:
-        """Whether its log-loss is within one standard error of the best."""
-        return self.behind <= self.behind_se
+        """Whether its log-loss is within one standard error of the best, or practically the same."""
+        return self.behind <= _reach(self.behind_se, self.best.nll - self.behind)
 
     def to_json(self) -> dict[str, Any]:
         scores = {name: getattr(self.best, name) for name in ("nll", "nll_se", "accuracy", "accuracy_se")}
@@ -65,6 +66,11 @@ class Contender:
             "chosen": self.chosen,
             "seconds": self.seconds,
         }
+
+
+def _reach(se: float, lowest: float) -> float:
+    """Up to what difference from the `lowest` log-loss a head is tied with the one that has it."""
+    return max(se, NEGLIGIBLE * lowest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,8 +153,7 @@ def compete(
     """The competition, the head it chose, and that head's selection.
 
     params_of: the parameters that are given for a head. why_not: a reason to leave it out. budget: seconds,
-    of which so many are `spent`. The simplest head whose log-loss is within one standard error of the lowest
-    is taken.
+    of which so many are `spent`. The simplest head that is tied with the one of the lowest log-loss is taken.
     """
     started = time.perf_counter() - spent
     size = size_of(rows)
@@ -251,7 +256,7 @@ def _forget(found: dict[str, tuple[Selection, float]], rows: TrainingRows) -> No
     best = min((selection for selection, _ in found.values()), key=_loss)
     for name, (selection, seconds) in found.items():
         gap = _against(selection, best, rows)
-        if gap.mean > gap.se and selection.refit:
+        if gap.mean > _reach(gap.se, _loss(best)) and selection.refit:
             found[name] = replace(selection, refit=None), seconds
 
 
@@ -259,7 +264,7 @@ def _compare(found: Mapping[str, tuple[Selection, float]], rows: TrainingRows) -
     """In the order of simplicity, in which they were found."""
     best = min((selection for selection, _ in found.values()), key=_loss)
     gaps = {name: _against(selection, best, rows) for name, (selection, _) in found.items()}
-    chosen = next(name for name, gap in gaps.items() if gap.mean <= gap.se)
+    chosen = next(name for name, gap in gaps.items() if gap.mean <= _reach(gap.se, _loss(best)))
     contenders = []
     for name, (selection, seconds) in found.items():
         gain = _against(selection, best, rows, hits=True)
@@ -283,7 +288,7 @@ def _compare(found: Mapping[str, tuple[Selection, float]], rows: TrainingRows) -
 
 _LEGEND = (
     "  (log-loss is 0 where the true class is given all probability, and large where a wrong one is;",
-    "  ± is one standard error, which chance exceeds one time in three; tied: above the best by no more)",
+    "  ± is one standard error, which chance exceeds one time in three; tied: above by no more, or by 0.1 %)",
 )
 
 
@@ -314,8 +319,9 @@ def _reason(competition: Competition, chosen: Contender, best: Contender) -> str
     if len(competition.contenders) == 1:
         return f"{chosen.head} is taken: no other head took part"
     if chosen is not best:
+        within = "one standard error" if chosen.behind <= chosen.behind_se else "0.1 %"
         return (
-            f"{chosen.head} is taken: the simplest within one standard error of the lowest log-loss, "
+            f"{chosen.head} is taken: the simplest within {within} of the lowest log-loss, "
             f"that of {best.head}"
         )
     tied = [one.head for one in competition.contenders if one.is_tied and one is not best]

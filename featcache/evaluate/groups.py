@@ -27,6 +27,7 @@ from featcache.words import name_some, plural, show_text
 
 FOLDER, SIMILAR = "folder", "similar"
 COSINE = 0.97  # from which images count as similar
+NEARLY_ALL = 0.95  # of the rows in one group: similarity tells nothing there
 BLOCK = 1024  # rows whose similarities are held at a time: 4 MB, and 70 MB where all are alike
 _NAMED = 3  # ids that an error shows
 
@@ -139,6 +140,17 @@ def _cosine(text: str) -> float:
     if not 0 < value < 1:
         raise HeadError(f"similar:COSINE is a number between 0 and 1, not {show_text(text)}.")
     return value
+
+
+def say_alike(groups: Groups) -> str:
+    """What to know of groups by similarity of which one holds nearly all rows; "" where none does."""
+    sizes = np.bincount(groups.index)
+    if groups.by.partition(":")[0] != SIMILAR or sizes.max(initial=0) < NEARLY_ALL * len(groups.index):
+        return ""
+    return (
+        f"{groups.by} finds {sizes.max():,} of the {len(groups.index):,} rows alike: these features do not "
+        "tell the images apart. Embed with trained weights, or group by a higher cosine or by folders"
+    )
 
 
 def _similar(features: FeatureSet, least: float, *, by: str, progress: Progress) -> Groups:

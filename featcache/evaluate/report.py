@@ -22,9 +22,18 @@ FEW_ERRORS = 0.03  # on rows not seen: fewer call for no remedy
 
 
 def score_lines(
-    m: Metrics, *, on: str, train_accuracy: float | None = None, uncalibrated_ece: float | None = None
+    m: Metrics,
+    *,
+    on: str,
+    untrained: bool = False,
+    train_accuracy: float | None = None,
+    uncalibrated_ece: float | None = None,
 ) -> list[str]:
-    """The scores with their intervals. uncalibrated_ece: of the same rows at a temperature of 1."""
+    """The scores with their intervals.
+
+    untrained: some rows are of classes that were not trained on. uncalibrated_ece: of the same rows at a
+    temperature of 1.
+    """
     before = "" if uncalibrated_ece is None else f"; {uncalibrated_ece:.4f} before its temperature"
     few = "too few rows for an interval" if m.n_units < LEAST_UNITS else ""
     lines = [
@@ -33,7 +42,7 @@ def score_lines(
         _line("mean per class", m.mean_per_class_accuracy, m.mean_per_class_accuracy_ci95, why_not=few),
         _line("in the top 5", m.top5, m.top5_ci95),
         _line("area under ROC", m.auroc, m.auroc_ci95, why_not=few),
-        _line("log-loss", m.nll, m.nll_ci95, why_not=few) + _no_chance(m),
+        _line("log-loss", m.nll, m.nll_ci95, why_not=few) + _no_chance(m, untrained),
         _line("calibration error", m.ece, m.ece_ci95, why_not=few) + before,
         _line("accuracy on train", train_accuracy, None),
         "  (log-loss is 0 where the true class is given all probability, and large where a wrong one is;",
@@ -42,12 +51,13 @@ def score_lines(
     return [line for line in lines if line]
 
 
-def _no_chance(m: Metrics) -> str:
+def _no_chance(m: Metrics, untrained: bool) -> str:
     if not m.no_chance:
         return ""
-    others = "" if m.nll_of_others is None else f"; {m.nll_of_others:.4f} without them"
-    given = f"{plural(m.no_chance, 'row')} whose true class was given no probability"
-    return f", with {given}, such as of classes not trained on{others}"
+    them = "it" if m.no_chance == 1 else "them"
+    others = "" if m.nll_of_others is None else f"; {m.nll_of_others:.4f} without {them}"
+    given = f"{plural(m.no_chance, 'row')} whose true class was given practically no probability"
+    return f", with {given}{', such as of classes not trained on' if untrained else ''}{others}"
 
 
 def _units(m: Metrics) -> str:

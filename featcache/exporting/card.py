@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
+from featcache.backbones.weights import LICENCES
 from featcache.exporting import Format
 from featcache.exporting.agreement import Proof
 from featcache.exporting.subject import PIXELS, Subject
@@ -19,21 +20,11 @@ from featcache.words import name_some, plural, show_text
 SHOWN_CLASSES = 100
 SIGN = "Exported by featcache; "  # in the first paragraph of every card
 
-# By what the provenance says of where the weights are from; a licence is only named where it is known.
-_LICENCES: Mapping[str, str] = {
-    "bundled": "Apache-2.0, as the pip package they come in says",
-    "torchvision": "torchvision names the data and the recipe of each set of weights in its documentation "
-    "(https://pytorch.org/vision/stable/models.html); read that and the terms of ImageNet before you ship",
-    "file": "not recorded: ask whoever made the file",
-    "random": "none: they were drawn at random",
-    "user": "yours: they came with your own code",
-    "tuned": "that of the weights the first fine-tuning began with, which this model does not name",
-}
 # What a person calls a score; others by their names.
 _SCORES: Mapping[str, str] = {
     "top5": "in the top 5",
     "nll": "log-loss",
-    "nll_of_others": "log-loss without the rows whose class was given no probability",
+    "nll_of_others": "log-loss without the rows whose class was given practically no probability",
     "ece": "calibration error",
     "auroc": "area under ROC",
     "train_accuracy": "accuracy on the rows trained on",
@@ -111,7 +102,7 @@ def _licence(model: Model, weights: Mapping[str, Any]) -> str:
 
     source = weights["source"]
     named = licence_named(model.spec.backbone, weights["label"]) if source == "torchvision" else None
-    return named or _LICENCES.get(source, "not recorded")
+    return named or LICENCES.get(source, "not recorded")
 
 
 def _scored_on(metrics: Mapping[str, Any]) -> str:

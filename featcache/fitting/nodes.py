@@ -16,7 +16,7 @@ from featcache.evaluate.nodes import NodeChoice, choice_seconds, choose_nodes, r
 from featcache.evaluate.splits import Groups, make_folds
 from featcache.fitting.rows import choose_rows
 from featcache.fitting.wishes import BALANCED, BUDGET
-from featcache.heads.parameters import nearest
+from featcache.heads.parameters import did_you_mean
 from featcache.images.paths import show_path
 from featcache.progress import Progress, SilentProgress
 from featcache.store.reader import FeatureStore
@@ -79,7 +79,7 @@ def _named(store: FeatureStore, node: str | Sequence[str] | None) -> tuple[str, 
     for key in wanted:
         if key not in there:
             parts = key.split("+")
-            hint = f"Did you mean {nearest(key, there)}?"
+            hint = did_you_mean(key, there) or "Name one of these."
             if len(parts) > 1:
                 joined = " ".join(f"--node {shlex.quote(part)}" for part in parts)
                 hint = f"Several nodes are given one by one: {joined}."

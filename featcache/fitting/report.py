@@ -98,6 +98,7 @@ def _score_lines(result: FitResult) -> list[str]:
     lines = score_lines(
         result.metrics,
         on=result.scored_on,
+        untrained=bool(result.untrained),
         train_accuracy=result.train_accuracy,
         uncalibrated_ece=result.uncalibrated_ece,
     )

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.errors import HeadError
+from featcache.evaluate.groups import say_alike
 from featcache.evaluate.select import TrainingRows
 from featcache.evaluate.splits import Groups, hold_out, make_folds
 from featcache.store.features import FeatureSet
@@ -74,6 +75,8 @@ def _keep_splits(
     train = np.flatnonzero(splits["train"] | splits["val"] if both else splits["train"])
     scored_on = "test" if splits["test"].any() else "val"
     if groups and _are_single(groups.index[train], y[train]):
+        if alike := say_alike(groups):
+            raise HeadError(f"{alike}.")
         raise HeadError(
             f"every class of the training rows lies in a single group of {groups.by}: no group can be held "
             "out to choose a head by. Group by something finer, or leave the grouping away."
@@ -115,6 +118,8 @@ def _draw_split(features: FeatureSet, pool: NDArray[np.int64], groups: Groups | 
 
 def _nothing_held_out(groups: Groups | None) -> str:
     if groups:
+        if alike := say_alike(groups):
+            return f"{alike}."
         return (
             f"every class lies in a single group of {groups.by}: no group can be held out to score the head. "
             "Group by something finer, or give the images train and test splits."
@@ -147,6 +152,8 @@ def _say_groups(groups: Groups, train: NDArray[np.int64], test: NDArray[np.int64
     sizes = np.bincount(groups.index[np.concatenate([train, test])])
     there = plural(int((sizes > 0).sum()), "group")
     notes = [f"{there} of {groups.by}, the largest of {plural(int(sizes.max()), 'row')}"]
+    if alike := say_alike(groups):
+        notes.append(alike)
     if len(both_sides):
         mixed = int(np.isin(groups.index[test], both_sides).sum())
         crossing = f"{plural(len(both_sides), 'group')} {'crosses' if len(both_sides) == 1 else 'cross'}"

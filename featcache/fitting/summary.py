@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 SHOWN_NODES = 3
 SURE = 2.0  # standard errors, which chance exceeds one time in twenty
+LEAST_SURE = 50  # rows held out in cross-validation: of fewer a standard error says little
 
 
 def summarise(result: FitResult) -> str:
@@ -46,7 +47,8 @@ def _sureness(result: FitResult) -> str:
     # One farther behind than the runner-up may be tied where it is less sure how far.
     if tied := _tied(competition):
         return f"tied in cross-validation with {tied}, though ahead"
-    return _ahead(runner_up)
+    held_out = result.cross_validated.n_units if result.cross_validated else 0
+    return _ahead(runner_up, held_out)
 
 
 def _tied(competition: Competition) -> str:
@@ -55,7 +57,10 @@ def _tied(competition: Competition) -> str:
     return " and ".join(one.head for one in sorted(others, key=lambda one: (one.behind, one.simplicity)))
 
 
-def _ahead(runner_up: Contender) -> str:
+def _ahead(runner_up: Contender, held_out: int) -> str:
+    if held_out < LEAST_SURE:
+        few = f"{plural(held_out, 'row')} held out are too few to be sure"
+        return f"ahead in cross-validation of {runner_up.head}, the runner-up; {few}"
     by = runner_up.behind / runner_up.behind_se if runner_up.behind_se > 0 else float("inf")
     surely = "surely" if by > SURE else "probably, not surely,"
     return (

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from featcache.errors import HeadError
 from featcache.heads.entry import Entry, all_pairs, class_means, closed_form, minibatches, softmax_path
-from featcache.heads.parameters import nearest, require_known
+from featcache.heads.parameters import did_you_mean, require_known
 
 if TYPE_CHECKING:
     from featcache.heads.base import Head
@@ -190,8 +190,9 @@ def find_head(name: str) -> HeadKind:
     if name in HEADS and name != "sklearn":
         return HEADS[name]
     known = [*(kind for kind in HEADS if kind != "sklearn"), "sklearn:CLASSNAME"]
-    hint = known[-1] if name == "sklearn" else nearest(name, known)
-    raise HeadError(f"there is no head {name!r}. Did you mean {hint}? Heads: {', '.join(known)}.")
+    hint = f"Did you mean {known[-1]}?" if name == "sklearn" else did_you_mean(name, known)
+    said = (f"there is no head {name!r}.", hint, f"Heads: {', '.join(known)}.")
+    raise HeadError(" ".join(filter(None, said)))
 
 
 def build_head(name: str, params: Mapping[str, Any], *, seed: int) -> Head:

@@ -19,7 +19,7 @@ from featcache.errors import HeadError, ModelError
 from featcache.heads.archive import check_archive
 from featcache.heads.base import Head, require_positive
 from featcache.heads.contents import check_contents
-from featcache.heads.parameters import nearest, require_known
+from featcache.heads.parameters import did_you_mean, require_known
 
 # What a model file may hold beside the types skops trusts by itself: the trees, whose indices `contents`
 # checks, the training state of the perceptron and the parts of a calibrated classifier.
@@ -38,6 +38,7 @@ LEAST_PROBABILITY = 1e-15  # smaller ones count as this, so that their logarithm
 FAR = 10.0  # standard deviations of every feature at once: further than images lie
 # Classifiers of what standardised features are not, and what that is.
 FOREIGN = {"CategoricalNB": "categories", "ComplementNB": "counts", "MultinomialNB": "counts"}
+SUCH_AS = "such as SVC, GaussianNB or RandomForestClassifier"
 
 
 class EstimatorHead(Head):
@@ -159,8 +160,11 @@ class EstimatorHead(Head):
             pipeline = make_pipeline(StandardScaler(), self._build())
             try:
                 self.pipeline_ = pipeline.fit(_wide_enough(X), codes)
-            except TypeError as error:  # of a parameter's value, as some estimators have it
-                raise ValueError(str(error)) from error
+            except (TypeError, ValueError) as error:
+                if getattr(pipeline[-1], "estimator", "") is None and "'estimator' parameter" in str(error):
+                    raise self._needs_another() from error
+                raise ValueError(str(error)) from error  # a TypeError of a value, as some estimators have it
+        _require_neighbors(pipeline[-1])
         said = dict.fromkeys(f"{w.category.__name__}: {_first_line(w.message)}" for w in caught)
         self.warnings_ = tuple(said)
 
@@ -170,10 +174,7 @@ class EstimatorHead(Head):
         try:
             defaults = kind().get_params()
         except TypeError as error:
-            raise HeadError(
-                f"sklearn:{self.estimator} needs another estimator as its parameter, which a command line "
-                "cannot give. Choose another classifier."
-            ) from error
+            raise self._needs_another() from error
         require_known(given, defaults, what=f"sklearn:{self.estimator}")
         if "random_state" in defaults and "random_state" not in given:
             given["random_state"] = self.seed
@@ -182,6 +183,12 @@ class EstimatorHead(Head):
             given.setdefault("algorithm", "brute")
         return kind(**given)
 
+    def _needs_another(self) -> HeadError:
+        return HeadError(
+            f"sklearn:{self.estimator} needs another estimator as its parameter, which a command line "
+            "cannot give. Choose another classifier."
+        )
+
 
 def _find_classifier(name: str) -> Any:
     """scikit-learn's classifier of this class name; HeadError naming the nearest, or what suits features."""
@@ -189,14 +196,27 @@ def _find_classifier(name: str) -> Any:
         from sklearn.utils import all_estimators
 
         known = dict(all_estimators(type_filter="classifier"))
+    if not name:
+        raise HeadError(f"sklearn: is followed by the name of a classifier of scikit-learn, {SUCH_AS}.")
     if name not in known:
-        raise HeadError(f"scikit-learn has no classifier {name!r}. Did you mean {nearest(name, known)}?")
+        hint = did_you_mean(name, known) or f"Name one by its class, {SUCH_AS}."
+        raise HeadError(f"scikit-learn has no classifier {name!r}. {hint}")
     if name in FOREIGN:
         raise HeadError(
             f"sklearn:{name} takes {FOREIGN[name]}, and features are numbers of either sign. Choose "
             "sklearn:GaussianNB, or another head; featcache fit --help lists them."
         )
     return known[name]
+
+
+def _require_neighbors(estimator: Any) -> None:
+    """ValueError where a fitted estimator asks for more neighbours than it has rows, and cannot answer."""
+    wanted, there = getattr(estimator, "n_neighbors", None), getattr(estimator, "n_samples_fit_", None)
+    if wanted is not None and there is not None and wanted > there:
+        raise ValueError(
+            f"n_neighbors is {wanted}, more than the {there} rows it is fitted on, which in cross-validation "
+            "are those of all folds but one. Pass a lower one."
+        )
 
 
 def _wide_enough(X: NDArray[Any]) -> NDArray[Any]:

@@ -140,6 +140,10 @@ class FinetuneResult:
         for row in self.choice:
             mark = ">" if row["alpha"] == self.alpha else " "
             lines.append(f"{mark} {row['alpha']:>6.0%}  {row['accuracy']:>8.4f}  {row['log_loss']:>8.4f}")
+        if not self.alpha and any(_is_better(row, self.choice[0]) for row in self.choice):
+            lines.append(
+                "  (the start is kept unless another is right on more rows, beyond one standard error)"
+            )
         return lines
 
     def _on_choice_rows(self) -> str:
@@ -179,6 +183,12 @@ def advise(asked: Asked, comparison: Comparison | None, *, frozen_blocks: int) -
         return Step(why="to train on augmented pictures", command=asked.line(output=output, views=2))
     lower = float(f"{asked.settings.lr / 10:.2g}")
     return Step(why="to train more gently", command=asked.line(output=output, lr=lower))
+
+
+def _is_better(row: Mapping[str, float], start: Mapping[str, float]) -> bool:
+    """As far as a table of four digits shows it."""
+    gained = row["accuracy"] - start["accuracy"], start["log_loss"] - row["log_loss"]
+    return max(gained) >= 1e-4
 
 
 def _free_name(taken: Path) -> Path:

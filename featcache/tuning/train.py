@@ -284,7 +284,7 @@ class Trainer:
             state.best = {name: tensor.detach().clone() for name, tensor in weights.items()}
             state.best_score, state.best_epoch = score, state.epoch
         said = f"; choice rows: accuracy {score.accuracy:.4f}, log-loss {score.nll:.4f}"
-        said += f", best so far {lead}" if lead and state.epoch > 1 else ""
+        said += f", best epoch so far {lead}" if lead and state.epoch > 1 else ""
         self._tell(f"epoch {state.epoch} of {settings.epochs}", (loss, accuracy), said)
         if state.epoch >= settings.epochs:
             state.why_ended = "all epochs done"
