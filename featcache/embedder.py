@@ -30,6 +30,7 @@ from featcache.engines.agreement import compare_pixels, probe_pixels, require_ag
 from featcache.engines.choice import Candidate, choose_engine
 from featcache.errors import DeviceError, SpecMismatch
 from featcache.images.decode import Decoder
+from featcache.images.paths import show_path
 from featcache.processors import usable_processors
 from featcache.request import (
     EmbedRequest,
@@ -134,9 +135,12 @@ class Embedder:
                 return store.spec, proof
         for store in stores:
             self._require_same_backbone(store)
-        spec = self.load(batch_size=self._recorded_batch_size(stores)).spec
-        _require_same(stores, spec, output=output)
-        return spec, f"weights {spec.weights_sha256[:12]} loaded and compared"
+        ready = self.load(batch_size=self._recorded_batch_size(stores))
+        for store in stores:
+            if store.path == output:
+                _require_same_file(store, ready.weights)
+        _require_same(stores, ready.spec, output=output)
+        return ready.spec, f"weights {ready.spec.weights_sha256[:12]} loaded and compared"
 
     def choose_engine(self, *, images: int, samples: Samples) -> ReadyEngine:
         """The engine and decoder asked for, or the fastest, for a new store of so many images to be embedded.
@@ -298,6 +302,19 @@ def _decoder_named(name: str) -> Decoder:
     if name not in get_args(Decoder):
         raise DeviceError(f"there is no decoder {name!r}; there are {', '.join(get_args(Decoder))}")
     return cast(Decoder, name)
+
+
+def _require_same_file(store: FeatureStore, weights: Mapping[str, Any]) -> None:
+    """SpecMismatch where the weights file of `store` is there with other weights. weights: those that are."""
+    recorded = store.provenance.get("weights")
+    if not isinstance(recorded, Mapping) or store.spec.weights_sha256 == weights["sha256"]:
+        return
+    path = weights["path"]
+    if path and recorded.get("path") == path and recorded.get("file_sha256") != weights["file_sha256"]:
+        raise SpecMismatch(
+            f"{show_path(path)} has changed since {show_path(store.path)} was made with it. Choose another "
+            "--output for features of the weights it holds now, or put back those it held."
+        )
 
 
 def _require_same(stores: Sequence[FeatureStore], spec: FeatureSpec, *, output: Path) -> None:

@@ -220,6 +220,7 @@ class Situation:
     scaled: bool  # JPEGs are shrunk by their decoder already
     workers: int
     processors: int
+    goes_on: bool  # in a store that is there, which holds features of one spec
 
     def waits_for(self, *stages: str) -> bool:
         return self.sample.wall in stages
@@ -233,10 +234,19 @@ class Situation:
 
 @dataclass(frozen=True)
 class Advice:
-    """What would move the wall. says: with {situation} and {sample} to be filled in."""
+    """What would move the wall.
+
+    says: with {situation} and {sample} to be filled in. other_features: than those that a store has.
+    """
 
     applies: Callable[[Situation], bool]
     says: str
+    other_features: bool = False
+
+    def spell(self, situation: Situation) -> str:
+        said = self.says.format(situation=situation, sample=situation.sample)
+        anew = self.other_features and situation.goes_on
+        return said + ("; not in this store: name a new -o, all images are embedded anew" if anew else "")
 
 
 ADVICE = (
@@ -255,12 +265,14 @@ ADVICE = (
     Advice(
         lambda s: s.waits_for("forward") and s.device == "cuda" and s.precision == "float32",
         "--precision bfloat16: faster arithmetic, other features, another fingerprint",
+        other_features=True,
     ),
     Advice(
         lambda s: s.lower is not None and s.lower.pays,
         "--precision {situation.lower.precision}: the network {situation.lower.times_as_fast:.1f} times as "
         "fast on this processor; other features (lowest cosine {situation.lower.agreement.cosine:.6f} over "
         "{situation.lower.agreement.images} images), another fingerprint",
+        other_features=True,
     ),
     Advice(
         lambda s: s.waits_for("decoding") and s.decoder_is_free,
@@ -270,6 +282,7 @@ ADVICE = (
         lambda s: s.waits_for("decoding") and not s.scaled and s.sample.shrinkable >= 0.5,
         "--jpeg-scaled: {sample.shrinkable:.0%} of the images seen are JPEGs large enough to be shrunk while "
         "they are decoded; other pixels, another fingerprint",
+        other_features=True,
     ),
     Advice(
         lambda s: s.workers_are_short,
@@ -289,8 +302,4 @@ ADVICE = (
 
 def advise(situation: Situation) -> list[str]:
     """What would move the wall, as far as it applies."""
-    return [
-        advice.says.format(situation=situation, sample=situation.sample)
-        for advice in ADVICE
-        if advice.applies(situation)
-    ]
+    return [advice.spell(situation) for advice in ADVICE if advice.applies(situation)]

@@ -17,10 +17,10 @@ from featcache.reuse import CachedRows, ReusePlan
 from featcache.store.files import StoreFiles
 from featcache.words import plural
 
-# Of the rows with features of one store, unless more is asked for. A data set that is tidied up keeps most of
-# its images; another one, or one whose disk is not there, does not. Computing the rows again costs what the
-# store did; saying --prune costs a word.
-MOST_REMOVED = 0.5
+# Of the rows with features of one store: so many are not removed, unless that is asked for. A data set that
+# is tidied up keeps most of its images; another one, or one of two classes by itself, does not. Computing the
+# rows again costs what the store did; saying --prune costs a word.
+TOO_MANY_REMOVED = 0.5
 
 
 def require_listed(listing: Listing, plan: ReusePlan, files: StoreFiles) -> None:
@@ -48,13 +48,14 @@ def require_listed(listing: Listing, plan: ReusePlan, files: StoreFiles) -> None
 def require_kept(
     listing: Listing, plan: ReusePlan, caches: Iterable[CachedRows], *, data: str | Path
 ) -> None:
-    """DataError where most rows with features of a store among `caches` are of images that are not in `data`.
+    """DataError where half of the rows with features of a store among `caches`, or more, are of images that
+    are not in `data`.
 
     An image that is known under another path, or there with other bytes, is not gone.
     """
     for cache in caches:
         lost, rows = _count_lost(cache, listing, plan)
-        if lost > MOST_REMOVED * rows:
+        if lost and lost >= TOO_MANY_REMOVED * rows:
             raise DataError(
                 f"{lost:,} of the {plural(rows, 'row')} with features in {show_path(cache.store.path)} "
                 f"are of images that are not in {show_path(data)}, and would be removed. Choose another "
@@ -71,7 +72,7 @@ def _count_lost(cache: CachedRows, listing: Listing, plan: ReusePlan) -> tuple[i
         gone = np.array([row for row in usable.tolist() if ids[row] not in listed], dtype=np.intp)
     else:
         gone = usable
-    if len(gone) <= MOST_REMOVED * len(usable):
+    if len(gone) < TOO_MANY_REMOVED * len(usable):
         return len(gone), len(usable)  # no need to look for them under other paths
     taken = plan.sources["sha256"][plan.origin_store >= 0]
     known = {digest.tobytes() for digest in taken}

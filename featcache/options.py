@@ -11,7 +11,7 @@ from featcache.backbones.weights import RANDOM
 from featcache.embedder import Embedder
 from featcache.embedding import Embedding
 from featcache.engines import AUTO, require_engine
-from featcache.errors import FeatcacheError
+from featcache.errors import FeatcacheError, StoreError
 from featcache.images.paths import show_path
 from featcache.origin import describe_origin
 from featcache.processors import usable_processors
@@ -27,7 +27,7 @@ from featcache.sharding import Shard, processors_of_rank
 from featcache.spec import JpegScale, Precision, StoreDtype
 from featcache.store.files import StoreFiles
 from featcache.store.reader import FeatureStore
-from featcache.words import shell_command
+from featcache.words import shell_command, show_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,8 @@ class EmbedOptions:
         """What is named, and for the rest what the store of these files, if any, was made with.
 
         Where that has another backbone than the one that is named, and where there is no store, the rest is
-        the default. StoreError: the store's own backbone is code, which has to be named.
+        the default. StoreError: the store's own backbone is code, which has to be named, or the store does
+        not say what it was made with.
         """
         asked = {
             "backbone": backbone,
@@ -136,16 +137,37 @@ class EmbedOptions:
 def _recorded_request(files: StoreFiles, backbone: str | None) -> EmbedRequest | None:
     """What the store, or where there is none its newest growth, was made with.
 
-    None where that cannot be told, or is another backbone than the one that is named.
+    None where that cannot be told, or is another backbone than the one that is named. StoreError: it cannot
+    be told, none is named, and the default is another one.
     """
+    unread: list[FeatureStore] = []
     for path in (files.output, *reversed(files.growths)):
         try:
             store = FeatureStore.salvage(path)
-            recorded = EmbedRequest.of_store(store)
         except (FeatcacheError, OSError):
             continue  # whoever opens it to go on says what is wrong with it
+        try:
+            recorded = EmbedRequest.of_store(store)
+        except FeatcacheError:
+            unread.append(store)
+            continue
         if backbone not in (None, recorded.backbone):
             return None
         RecordedBackbone.of_store(store).require_permission(backbone)
         return recorded
+    if backbone is None:
+        _require_default(unread)
     return None
+
+
+def _require_default(unread: Sequence[FeatureStore]) -> None:
+    """StoreError where a store that does not say what it was made with is not of the default backbone."""
+    for store in unread:
+        own = store.spec.backbone
+        if own != DEFAULT_REQUEST.backbone:
+            damage = "" if store.sealed else " is damaged: its seal is broken, and it"
+            raise StoreError(
+                f"{show_path(store.path)}{damage} does not say what it was made with, but that its features "
+                f"are of {show_text(own)}. To go on with them, pass {shell_command(['--backbone', own])}, "
+                "and what else was not the default."
+            )

@@ -9,7 +9,7 @@ import fcntl
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -61,10 +61,13 @@ def require_csv(path: Path, header: str, *, option: str, needed: Mapping[str, Pa
         raise _taken(path, f"no CSV of featcache's, which begins with {header.rstrip()}", option=option)
 
 
-def require_beginning(path: Path, beginning: bytes, *, option: str) -> None:
-    """DataError where a file that is there, and not empty, begins otherwise than what is to replace it."""
-    if _has_content(path) and not _begins_with(path, beginning):
-        raise _taken(path, f"no {path.suffix} file, whatever its name", option=option)
+def require_own(path: Path, is_ours: Callable[[Path], bool], *, what: str, option: str) -> None:
+    """DataError where a file that is there, and not empty, is none of those that featcache writes.
+
+    what: they are, in words.
+    """
+    if _has_content(path) and not is_ours(path):
+        raise _taken(path, f"no {what} of featcache's", option=option)
 
 
 def require_exported(path: Path, card: Path, *, sign: str, option: str) -> None:

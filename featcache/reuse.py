@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 from featcache.images.identity import ImageFailure, hash_image
 from featcache.images.paths import resolve
 from featcache.records import FileStat, ImageRecord, Listing, RowStatus
-from featcache.store.layout import SOURCE_DTYPE, STAT_COLUMNS, RowTable
+from featcache.store.layout import NO_SPLIT, SOURCE_DTYPE, STAT_COLUMNS, RowTable
 from featcache.store.reader import FeatureStore
+from featcache.words import name_some, plural
 
 # What became of these images is decided by their bytes alone; the other failures are tried again.
 _DECIDED_BY_BYTES = (RowStatus.OK, RowStatus.UNDECODABLE, RowStatus.TOO_LARGE, RowStatus.NON_FINITE)
@@ -92,7 +93,14 @@ class CachedRows:
 
     def is_damaged(self, row: int) -> bool:
         """Whether the row's block was written and is no longer what was written."""
-        return self._damaged[row // self.store.layout.block_rows]
+        return self._damaged[self.block_of(row)]
+
+    @property
+    def has_damage(self) -> bool:
+        return any(self._damaged)
+
+    def block_of(self, row: int) -> int:
+        return row // self.store.layout.block_rows
 
     def rows_of(self, paths: tuple[str, ...]) -> NDArray[np.int64]:
         """int64 ndarray (n_paths,): the row of each path, -1 where the store cannot vouch for one."""
@@ -125,6 +133,8 @@ class ReusePlan:
     by_stat: NDArray[np.bool_]  # (n_rows,): reused without opening the file
     relabelled_rows: NDArray[np.bool_]  # (n_rows,): reused under another label or split
     removed_ids: tuple[str, ...] = ()  # of the last store, which is the one under the output's name
+    lost_labels: tuple[str, ...] = ()  # ids of reused rows that have a label there, and none now
+    lost_splits: tuple[str, ...] = ()
 
     @classmethod
     def nothing_known(cls, root: Path, table: RowTable, caches: tuple[CachedRows, ...]) -> Self:
@@ -184,7 +194,10 @@ class ReusePlan:
         return next((store.provenance for store in stores if store.sealed), {})
 
     def notes(self) -> list[str]:
-        """What the user should know of the stores that rows come from."""
+        """What the user should know of the stores that rows come from, and of what rows lose."""
+        return [*self._seal_notes(), *self._damage_notes(), *self._loss_notes()]
+
+    def _seal_notes(self) -> list[str]:
         rows = np.bincount(self.origin_store[self.origin_store >= 0], minlength=len(self.caches)).tolist()
         return [
             f"the seal of {cache.store.path} was broken: {count:,} of its rows are taken over, known by the "
@@ -192,6 +205,28 @@ class ReusePlan:
             for cache, count in zip(self.caches, rows, strict=True)
             if not cache.store.sealed
         ]
+
+    def _damage_notes(self) -> list[str]:
+        if not any(cache.has_damage for cache in self.caches):
+            return []
+        found = filter(None, (self._last_known(self.table.ids[i]) for i in self.pending.tolist()))
+        blocks = [(id(cache), cache.block_of(row)) for cache, row in found if cache.is_damaged(row)]
+        if not blocks:
+            return []
+        damaged, rows = len(set(blocks)), len(blocks)
+        whose = "was damaged: its" if damaged == 1 else "were damaged: their"
+        again = "is embedded again" if rows == 1 else "are embedded again"
+        return [f"{plural(damaged, 'block')} {whose} {plural(rows, 'row')} {again}"]
+
+    def _loss_notes(self) -> list[str]:
+        lost = {"label": self.lost_labels, "split": self.lost_splits}
+        said = [
+            f"{plural(len(ids), 'row loses its', 'rows lose their')} {what}"
+            for what, ids in lost.items()
+            if ids
+        ]
+        named = list(dict.fromkeys((*self.lost_labels, *self.lost_splits)))
+        return [f"{' and '.join(said)}: {name_some(named, limit=3)}"] if said else []
 
     def reason(self, i: int) -> Reason:
         """Why row `i` is reused or computed."""
@@ -208,15 +243,18 @@ class ReusePlan:
         return Reason.SAME_BYTES if cache.store.table.ids[row] == path else Reason.OTHER_PATH
 
     def _reason_to_compute(self, path: str) -> Reason:
-        """By the store under the output's name, which comes last, before unfinished growths."""
-        for cache in reversed(self.caches):
-            row = cache.row_of.get(path)
-            if row is None:
-                continue
-            if not cache.done[row]:
-                return Reason.DAMAGED if cache.is_damaged(row) else Reason.PENDING
-            return Reason.EDITED if cache.status[row] == RowStatus.OK else Reason.FAILED_BEFORE
-        return Reason.NEW
+        known = self._last_known(path)
+        if known is None:
+            return Reason.NEW
+        cache, row = known
+        if not cache.done[row]:
+            return Reason.DAMAGED if cache.is_damaged(row) else Reason.PENDING
+        return Reason.EDITED if cache.status[row] == RowStatus.OK else Reason.FAILED_BEFORE
+
+    def _last_known(self, path: str) -> tuple[CachedRows, int] | None:
+        """Its row in the store under the output's name, which comes last, before unfinished growths."""
+        rows = ((cache, cache.row_of.get(path)) for cache in reversed(self.caches))
+        return next(((cache, row) for cache, row in rows if row is not None), None)
 
     @property
     def reused_status(self) -> NDArray[np.uint8]:
@@ -341,8 +379,7 @@ def _compare_with_last(plan: ReusePlan) -> ReusePlan:
     old, new = cache.store.table, plan.table
     if old.equals(new) and cache.done.all():
         return plan
-    old_names = list(zip(old.label_names(), old.splits.tolist(), strict=True))
-    new_names = list(zip(new.label_names(), new.splits.tolist(), strict=True))
+    last_rows: dict[int, int] = {}  # of the reused rows that are there, by their rows in the plan
     renamed: Counter[bytes] = Counter()
     for i in np.flatnonzero(plan.origin_store >= 0).tolist():
         row = cache.by_path.get(new.ids[i])
@@ -350,7 +387,8 @@ def _compare_with_last(plan: ReusePlan) -> ReusePlan:
             digest = plan.sources["sha256"][i].tobytes()
             renamed[digest] += 1
             row = cache.by_sha256.get(digest)
-        plan.relabelled_rows[i] = row is not None and old_names[row] != new_names[i]
+        if row is not None:
+            last_rows[i] = row
     kept, removed = set(new.ids), []
     for row, path in enumerate(old.ids):
         digest = cache.sources["sha256"][row].tobytes()
@@ -360,4 +398,22 @@ def _compare_with_last(plan: ReusePlan) -> ReusePlan:
             renamed[digest] -= 1
         else:
             removed.append(path)
-    return replace(plan, removed_ids=tuple(removed))
+    return _compare_names(replace(plan, removed_ids=tuple(removed)), old, last_rows)
+
+
+def _compare_names(plan: ReusePlan, old: RowTable, last_rows: Mapping[int, int]) -> ReusePlan:
+    """The plan with what became of labels and splits. last_rows: {row of the plan: row of the old table}."""
+    before, now = _names(old), _names(plan.table)
+    lost: tuple[list[str], list[str]] = [], []
+    for i, row in last_rows.items():
+        plan.relabelled_rows[i] = before[row] != now[i]
+        for ids, had, has in zip(lost, before[row], now[i], strict=True):
+            if had is not None and has is None:
+                ids.append(plan.table.ids[i])
+    return replace(plan, lost_labels=tuple(lost[0]), lost_splits=tuple(lost[1]))
+
+
+def _names(table: RowTable) -> list[tuple[str | None, int | None]]:
+    """(label, split) of every row."""
+    splits = [None if code == NO_SPLIT else code for code in table.splits.tolist()]
+    return list(zip(table.label_names(), splits, strict=True))

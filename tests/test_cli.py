@@ -130,6 +130,23 @@ def test_a_parameter_keeps_what_follows_its_first_equals_sign(store: Path) -> No
     assert "not 'a=b'" in failure("fit", store, "-q", "--head", "logistic", "--param", "C=a=b")
 
 
+@pytest.mark.parametrize(
+    ("twice", "option"),
+    [
+        (("--head", "sklearn:SVC", "--head", "ridge"), "--head"),
+        (("--output", "a.model", "-o", "b.model"), "--output"),
+    ],
+)
+def test_an_option_of_fit_that_takes_one_value_takes_no_second(
+    store: Path, twice: tuple[str, ...], option: str
+) -> None:
+    result = run("fit", store, *twice)
+    assert result.exit_code == 2
+    assert f"Error: {option} takes one value, and is given more than once.\n" in result.stderr
+    more = run("fit", store, "--head", "ridge", "--param", "alpha=1", "--param", "temperature=1", "-q", "-q")
+    assert more.exit_code == 0, more.output
+
+
 def test_a_known_failure_is_one_line_and_exit_code_1(store: Path, photos: Path, tmp_path: Path) -> None:
     output, model = tmp_path / "new.h5", tmp_path / "no.model"
     assert "did you mean resnet" in failure("embed", photos, "-o", output, "--backbone", "resnet81", "-q")

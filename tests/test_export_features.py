@@ -117,8 +117,8 @@ def test_features_that_are_read_back_otherwise_are_not_kept(
 @pytest.mark.parametrize("suffix", [".npz", ".parquet"])
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path: Path, suffix: str) -> None:
     store, path = write_store(tmp_path / "s.h5", gaussian_features()), tmp_path / f"x{suffix}"
-    former = {".npz": b"PK\x03\x04", ".parquet": b"PAR1"}[suffix] + b"as it was"
-    path.write_bytes(former)
+    export(store, path, to="features")
+    former = path.read_bytes()
     with (
         full_disk(),
         pytest.raises(DiskError, match=r"writing \S+ failed: File too large\. .*another --output"),
@@ -128,13 +128,32 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path: Path, suffi
     assert path.read_bytes() == former
 
 
+def own_tables(folder: Path, suffix: str) -> list[bytes]:
+    """Files of the user's own: one with other columns, and an export with one more."""
+    path, exported = folder / f"own{suffix}", folder / f"exported{suffix}"
+    export(write_store(folder / "own.h5", gaussian_features()), exported, to="features")
+    found: list[bytes] = []
+    for more in (False, True):
+        if suffix == ".npz":
+            np.savez(path, mine=np.zeros(3), **(npz_columns(exported) if more else {}))
+        else:
+            table = parquet.read_table(exported)
+            mine = table.append_column("mine", table["id"])
+            parquet.write_table(mine if more else table.select(["id", "y"]), path)
+        found.append(path.read_bytes())
+    return found
+
+
 @pytest.mark.parametrize("suffix", [".npz", ".parquet"])
-def test_only_a_file_of_the_same_kind_is_replaced(tmp_path: Path, suffix: str) -> None:
+def test_only_an_export_is_replaced(tmp_path: Path, suffix: str) -> None:
     store, path = write_store(tmp_path / "s.h5", gaussian_features()), tmp_path / f"x{suffix}"
-    path.write_bytes(b"my notes")
-    with pytest.raises(DataError, match=rf"is no \{suffix} file.*would be replaced. Choose another --output"):
-        export(store, path, to="features")
-    assert path.read_bytes() == b"my notes"
+    for own in (b"my notes", b"PK\x03\x04", b"PAR1", *own_tables(tmp_path, suffix)):
+        path.write_bytes(own)
+        with pytest.raises(
+            DataError, match=rf"is no \{suffix} export of .*would be replaced. Choose another --output"
+        ):
+            export(store, path, to="features")
+        assert path.read_bytes() == own
     path.write_bytes(b"")
     for _ in range(2):
         assert export(store, path, to="features").rows == len(gaussian_features().y)

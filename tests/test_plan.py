@@ -180,12 +180,25 @@ def test_a_lower_precision_is_advised_where_it_is_faster_and_agrees(
     (said,) = [said for said in result.advice if said.startswith("--precision bfloat16: ")]
     assert said.endswith("other features (lowest cosine 1.000000 over 8 images), another fingerprint")
     assert said in result.describe()
+    assert "differ too much" not in result.describe()
     found = result.to_json()["lower_precision"]
     assert (found["precision"], found["agrees"], found["images"]) == ("bfloat16", True, 8)
     assert found["times_as_fast"] >= 1.2
 
 
-def test_a_lower_precision_that_makes_other_features_is_in_the_json_alone(
+def test_a_store_that_is_there_is_not_advised_a_lower_precision(
+    photos: Path, tmp_path: Path, bfloat16_here: None, save_image: Callable[..., Path]
+) -> None:
+    named: dict[str, Any] = {"backbone": "test_plan:quick_backbone", "batch_size": 2}
+    embed(photos, tmp_path / "s.h5", **named)
+    for i in range(20):
+        save_image(photos / "class0" / f"new{i}.png", seed=100 + i)
+    for output, ends in ((tmp_path / "s.h5", True), (tmp_path / "new.h5", False)):
+        (said,) = [said for said in plan(photos, output, **named).advice if "--precision" in said]
+        assert said.endswith("name a new -o, all images are embedded anew") is ends
+
+
+def test_a_lower_precision_that_makes_other_features_is_not_advised(
     photos: Path, bfloat16_here: None
 ) -> None:
     result = plan(photos, backbone="test_plan:other_backbone", batch_size=2)
@@ -193,6 +206,8 @@ def test_a_lower_precision_that_makes_other_features_is_in_the_json_alone(
     found = result.to_json()["lower_precision"]
     assert (found["agrees"], found["times_as_fast"]) == (False, None)
     assert found["lowest_cosine"] < 0.9999
+    told = f"bfloat16 was tried: its features differ too much (lowest cosine {found['lowest_cosine']:.6f}, "
+    assert told in result.describe()
 
 
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,6 +379,7 @@ def situation(wall: str = "forward", *, shrinkable: float = 0.0, **changes: Any)
         scaled=False,
         workers=4,
         processors=4,
+        goes_on=False,
     )
     return replace(calm, **changes)
 
@@ -413,6 +429,25 @@ def test_an_advice_is_given_where_it_applies(said: str, applies: Situation, othe
     (found,) = advise(applies)
     assert said in found
     assert not advise(otherwise)
+
+
+@pytest.mark.parametrize(
+    "applies",
+    [
+        situation(device="cuda", best_device="cuda"),
+        situation(lower=bfloat16(1.5)),
+        situation("decoding", shrinkable=0.75),
+    ],
+    ids=["on cuda", "on processors", "scaled"],
+)
+def test_other_features_are_for_another_store_than_the_one_there_is(applies: Situation) -> None:
+    (anew,), (there,) = advise(applies), advise(replace(applies, goes_on=True))
+    assert there == f"{anew}; not in this store: name a new -o, all images are embedded anew"
+
+
+def test_what_a_store_can_go_on_with_is_advised_as_ever() -> None:
+    applies = situation("decoding", decoder_is_free=True)
+    assert advise(replace(applies, goes_on=True)) == advise(applies)
 
 
 def test_every_advice_has_a_case() -> None:

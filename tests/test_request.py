@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
-from conftest import make_toy_store, toy_spec
+from conftest import make_toy_store, toy_records, toy_spec
+from test_salvage import flip_in
+from torchvision.models import squeezenet1_1
 
 from featcache.cli import main
 from featcache.commands import plan as plan_module
@@ -20,6 +23,8 @@ from featcache.errors import BackboneError, DataError, DeviceError, SpecMismatch
 from featcache.options import EmbedOptions
 from featcache.progress import SilentProgress
 from featcache.request import EmbedRequest, absolute_weights
+from featcache.store.creating import create_store
+from featcache.store.layout import RowTable
 from featcache.store.reader import FeatureStore
 
 
@@ -169,6 +174,49 @@ def test_a_backbone_of_torchvision_need_not_be_named_again(
     assert json.loads(again.stdout)["reused"] == 2
     planned = CliRunner().invoke(main, ["plan", *asked[1:]])
     assert json.loads(planned.stdout)["known"] == 2
+
+
+def test_a_store_that_cannot_say_what_it_was_made_with_names_its_backbone(made: tuple[Path, Path]) -> None:
+    photos, store = made
+    flip_in(store, "ids")
+    broken = store.read_bytes()
+    for ask in (embed, plan_module.plan):
+        with pytest.raises(StoreError, match="its seal is broken.* pass --backbone small_net") as said:
+            ask(photos, store, **ONE)
+        assert "\n" not in str(said.value)
+        assert "resnet18" not in str(said.value)
+    assert store.read_bytes() == broken
+    assert embed(photos, store, **ASKED, **ONE).reused == 4
+
+
+def test_a_store_that_never_said_it_names_its_backbone(made: tuple[Path, Path], tmp_path: Path) -> None:
+    create_store(
+        tmp_path / "made.h5",
+        spec=toy_spec(),
+        table=RowTable.from_records(toy_records(2), ("c0", "c1")),
+        provenance={},
+        block_rows=4,
+    )
+    said = r"made.h5 does not say what it was made with, .* of toy\. .* pass --backbone toy"
+    with pytest.raises(StoreError, match=said):
+        embed(made[0], tmp_path / "made.h5", **ONE)
+
+
+def test_a_weights_file_that_changed_in_place_is_named(
+    tmp_path: Path, save_images: Callable[..., Path]
+) -> None:
+    photos, store = save_images(2, lambda i: f"{'ab'[i]}/{i}.png"), tmp_path / "s.h5"
+    weights, networks = tmp_path / "w.pth", [squeezenet1_1() for _ in range(2)]
+    torch.save(networks[0].state_dict(), weights)
+    embed(photos, store, backbone="squeezenet1_1", weights=str(weights), **ONE)
+    torch.save(networks[1].state_dict(), weights)
+    with pytest.raises(SpecMismatch, match=r"w.pth has changed since \S+s.h5 was made with it.*--output"):
+        embed(photos, store, **ONE)
+    torch.save(networks[1].state_dict(), tmp_path / "other.pth")
+    with pytest.raises(SpecMismatch, match="of another spec: weights_sha256"):
+        embed(photos, store, weights=str(tmp_path / "other.pth"), **ONE)
+    torch.save(networks[0].state_dict(), weights)
+    assert embed(photos, store, **ONE).reused == 2
 
 
 def test_a_plan_without_a_store_is_of_none(made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

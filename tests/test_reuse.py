@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import toy_block, toy_spec
 from gaussians import PROVENANCE
+from test_salvage import damage_block
 
 from featcache.images.identity import ImageFailure
 from featcache.images.paths import escape_path, unescape_path
@@ -87,6 +88,41 @@ def test_rows_are_found_by_path_whatever_the_order_and_number_of_files(tmp_path:
     assert plan.origin_store.tolist() == [0, 0, -1, 0, 0, -1]
     assert plan.sources["inode"].tolist() == [407, 402, 0, 409, 400, 0]
     assert plan.removed_ids == tuple(f"c/{i:02d}.png" for i in (1, 3, 4, 5, 6, 8))
+
+
+def test_rows_of_damaged_blocks_are_told(tmp_path: Path) -> None:
+    path, records = tmp_path / "s.h5", [record_of(i) for i in range(N)]
+    make_store(path, records)
+    assert plan_for(records, FeatureStore.salvage(path)).notes() == []
+    damage_block(path, 1)
+    said = "1 block was damaged: its 4 rows are embedded again"
+    assert plan_for(records, FeatureStore.salvage(path)).notes() == [said]
+    damage_block(path, 2)
+    said = "2 blocks were damaged: their 6 rows are embedded again"
+    assert plan_for(records, FeatureStore.salvage(path)).notes() == [said]
+    said = "1 block was damaged: its 1 row is embedded again"
+    assert plan_for(records[8:9], FeatureStore.salvage(path)).notes() == [said]
+    assert plan_for(records[:4], FeatureStore.salvage(path)).notes() == []
+    elsewhere = make_store(tmp_path / "whole.h5", records)
+    assert plan_for(records, elsewhere, FeatureStore.salvage(path)).notes() == []
+
+
+def test_labels_and_splits_that_are_lost_are_told(tmp_path: Path) -> None:
+    had = [record_of(i)._replace(split="train") for i in range(N)]
+    now = [
+        record._replace(label="c" if i >= 4 else None, split="train" if i != 3 else None)
+        for i, record in enumerate(had)
+    ]
+    plan = plan_for(now, make_store(tmp_path / "had.h5", had))
+    assert plan.relabelled == 4
+    assert plan.notes() == [
+        "4 rows lose their label and 1 row loses its split: c/00.png, c/01.png, c/02.png and 1 more"
+    ]
+    # What rows are given, and what they have instead, is no loss.
+    other = [record._replace(split="test") for record in had]
+    for stored, listed in ((now, had), (had, other)):
+        plan = plan_for(listed, make_store(tmp_path / f"{stored is had}.h5", stored))
+        assert (plan.relabelled > 0, plan.notes()) == (True, [])
 
 
 @pytest.mark.parametrize("same_files", [True, False])

@@ -85,6 +85,8 @@ def evaluate(
     from featcache.images.decode import silence_pillow_warnings
     from featcache.progress import make_progress
 
+    if options["csv_file"] == Path("-"):
+        raise click.UsageError("evaluate prints scores: --csv takes the name of a file, not -.")
     silence_pillow_warnings()
     result = evaluate_model(model, data, progress=make_progress(quiet=quiet), **options)
     emit(result, as_json=as_json)

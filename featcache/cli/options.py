@@ -45,8 +45,8 @@ max_failures_option = click.option(
 )  # fmt: skip
 prune_option = click.option(
     "--prune", is_flag=True,
-    help="Remove rows of images that are gone even where they are most of the store; without it that is "
-    "refused, for it is what another folder looks like.",
+    help="Remove rows of images that are gone even where they are half of the store or more; without it "
+    "that is refused, for it is what another folder looks like.",
 )  # fmt: skip
 dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
 moved_data_option = click.option(

@@ -68,8 +68,8 @@ def embed(
     workers: threads that decode, and on the CPU compute. batch_size: see `make_engine`.
     max_failures: the fraction of images that may fail before the run stops with TooManyFailures; one image
         may always fail.
-    prune: remove rows of images that are no longer in `data` even where they are most of the rows that have
-        features, which is DataError otherwise: it is what another folder looks like.
+    prune: remove rows of images that are no longer in `data` even where they are half of the rows that have
+        features, or more, which is DataError otherwise: it is what another folder looks like.
     shard: embed these images only, into a store beside `output`, and make `output` of all shards once they
         are complete. The result is then that of `output`, otherwise that of the shard.
 

@@ -23,7 +23,7 @@ from featcache.exporting.subject import PIXELS, Pixels, Subject
 from featcache.images.paths import show_path
 from featcache.inference import load_network
 from featcache.model import Model
-from featcache.outputs import require_beginning, require_exported, require_replaceable, turn_in
+from featcache.outputs import require_exported, require_own, require_replaceable, turn_in
 from featcache.progress import Progress, SilentProgress
 from featcache.store.reader import FeatureStore
 from featcache.words import plural
@@ -150,9 +150,9 @@ def _card_of(path: Path) -> Path:
 
 
 def _export_features(source: Path, path: Path, row: Format) -> ExportResult:
-    from featcache.exporting.features import BEGINNINGS, Table, export_table
+    from featcache.exporting.features import Table, export_table, is_export
 
-    require_beginning(path, BEGINNINGS[path.suffix], option="--output")
+    require_own(path, is_export, what=f"{path.suffix} export", option="--output")
     try:
         store = FeatureStore.open(source)
     except NotAStore as error:

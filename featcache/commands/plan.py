@@ -131,6 +131,11 @@ class PlanResult:
         ]
         if self.sample.failed:
             lines.append(f"{plural(self.sample.failed, 'image')} of those seen cannot be used")
+        lower = self.lower_precision
+        if lower and not lower.agreement.passed:
+            lines.append(
+                f"{lower.precision} was tried: its features differ too much ({lower.agreement.describe()})"
+            )
         if self.advice:
             lines += ["what would move it:", *(f"  {said}" for said in self.advice)]
         return "\n".join(lines)
@@ -247,6 +252,7 @@ def _forecast(
         scaled=spec.preprocessing.jpeg == "scaled",
         workers=run.workers,
         processors=usable_processors(),
+        goes_on=bool(to_do.caches),
     )
     return replace(
         result,

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache.disk import open_regular
 from featcache.errors import ExportError
 from featcache.images.paths import show_path
 from featcache.records import RowStatus
@@ -59,11 +60,11 @@ class Table:
     @cached_property
     def widths(self) -> dict[str, int]:
         """{column: num_features}."""
-        return {f"X:{dataset}": width for dataset, width in self.spec.datasets().items()}
+        return {f"{_VECTORS}{dataset}": width for dataset, width in self.spec.datasets().items()}
 
     def vectors(self, column: str, rows: slice = slice(None)) -> NDArray[Any]:
         """(n_rows, num_features) of some of the usable rows, without a copy where all rows are usable."""
-        whole = self.store.dataset(column.removeprefix("X:"))
+        whole = self.store.dataset(column.removeprefix(_VECTORS))
         taken: NDArray[Any] = whole[rows] if len(self) == len(whole) else whole[self.index[rows]]
         return taken
 
@@ -75,14 +76,30 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class FileKind:
-    """How a table becomes a file; `differing` reads it and names the columns that are not the table's."""
+    """How a table becomes a file; `differing` reads it and names the columns that are not the table's.
+
+    is_ours: whether an open file is one that `write` made, by the names in it.
+    """
 
     write: Callable[[Table, Path], None]
     differing: Callable[[Table, Path], list[str]]
+    is_ours: Callable[[BinaryIO], bool]
 
 
-# Of every file that has the ending: of a zip, and of Parquet.
-BEGINNINGS = {".npz": b"PK", ".parquet": b"PAR1"}
+_VECTORS = "X:"  # what the columns of vectors begin with
+_NPZ_COLUMNS = {"y", "classes", "ids", "splits", "sha256", "spec"}
+_PARQUET_COLUMNS = {"id", "y", "label", "split", "sha256"}
+# What zipfile and pyarrow raise on bytes of others depends on where reading stumbles.
+_READ_ERRORS = (zipfile.BadZipFile, OSError, ValueError, LookupError, TypeError, NotImplementedError)
+
+
+def is_export(path: Path) -> bool:
+    """Whether a file is there that `export_table` made: one of the user's own is worth keeping."""
+    try:
+        with open_regular(path) as file:
+            return _KINDS[path.suffix].is_ours(file)
+    except _READ_ERRORS:
+        return False
 
 
 def export_table(table: Table, path: Path, *, temporary: Path) -> None:
@@ -128,6 +145,18 @@ def _differing_npz(table: Table, path: Path) -> list[str]:
         ]
 
 
+def _is_npz_of_ours(file: BinaryIO) -> bool:
+    with zipfile.ZipFile(file) as archive:
+        names = {name.removesuffix(".npy") for name in archive.namelist()}
+    return _are_columns(names, _NPZ_COLUMNS)
+
+
+def _are_columns(names: Collection[str], small: Collection[str]) -> bool:
+    """Whether these are vectors and just these small columns."""
+    others = {name for name in names if not name.startswith(_VECTORS)}
+    return others == set(small) and len(others) < len(names)
+
+
 def _same(found: NDArray[Any], expected: NDArray[Any]) -> bool:
     return found.dtype == expected.dtype and np.array_equal(found, expected)
 
@@ -151,6 +180,14 @@ def _differing_parquet(table: Table, path: Path) -> list[str]:
             if not found.column(name).combine_chunks().equals(expected.column(name)):
                 differing[name] = None
     return list(differing)
+
+
+def _is_parquet_of_ours(file: BinaryIO) -> bool:
+    from pyarrow import parquet
+
+    schema = parquet.read_schema(file)
+    about = {b"classes", b"spec"}
+    return about <= set(schema.metadata or ()) and _are_columns(schema.names, _PARQUET_COLUMNS)
 
 
 def _schema(table: Table) -> Any:
@@ -193,6 +230,6 @@ def _batch(table: Table, rows: slice) -> Any:
 
 
 _KINDS: Mapping[str, FileKind] = {
-    ".npz": FileKind(write=_write_npz, differing=_differing_npz),
-    ".parquet": FileKind(write=_write_parquet, differing=_differing_parquet),
+    ".npz": FileKind(write=_write_npz, differing=_differing_npz, is_ours=_is_npz_of_ours),
+    ".parquet": FileKind(write=_write_parquet, differing=_differing_parquet, is_ours=_is_parquet_of_ours),
 }
