@@ -520,7 +520,7 @@ def test_a_file_that_is_no_table_of_answers_is_kept(work: Work, tmp_path: Path) 
 def test_an_answer_file_that_is_not_complete_has_no_name(work: Work, tmp_path: Path) -> None:
     predictions = written_to_csv(iter(ask(work, *work.images).predictions), tmp_path / "answers.csv")
     next(predictions)
-    predictions.close()  # type: ignore[attr-defined]
+    predictions.close()
     assert not list(tmp_path.glob("*answers*"))
     with pytest.raises(DiskError, match="No such file"):
         list(written_to_csv(iter(()), tmp_path / "nowhere" / "answers.csv"))

@@ -74,9 +74,10 @@ def test_wide_kernels_are_asked_for_where_the_library_would_not_take_them(
 
 def test_the_command_line_asks_before_numpy_is_there() -> None:
     code = (
-        "import sys, featcache.processors as processors\n"
-        "processors.prefer_wide_kernels = lambda: print('numpy' in sys.modules)\n"
-        "import featcache.cli\n"
+        "import sys, featcache.cli.group as group\n"
+        "group.prefer_wide_kernels = lambda: print('numpy' in sys.modules)\n"
+        "from featcache.cli import main\n"
+        "main(['info', 'nothing-there'])\n"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert said.stdout == "False\n"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (said.stdout, said.returncode) == ("False\n", 1)

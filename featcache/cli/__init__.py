@@ -5,11 +5,7 @@ Exit codes: 0 done, 1 a known failure (one line on stderr), 2 wrong usage, 3 don
 listed in the order in which their modules are imported here.
 """
 
-from featcache.processors import prefer_wide_kernels
-
-prefer_wide_kernels()  # before anything imports numpy
-
-from featcache.cli import embedding, heads, compare, models, tuning, shipping, stores, others  # noqa: E402, F401, I001
-from featcache.cli.group import main  # noqa: E402
+from featcache.cli import embedding, heads, compare, models, tuning, shipping, stores, others  # noqa: F401, I001
+from featcache.cli.group import main
 
 __all__ = ["main"]

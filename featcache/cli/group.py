@@ -12,6 +12,7 @@ import click
 
 from featcache.disk import keep_standard_streams
 from featcache.errors import FeatcacheError
+from featcache.processors import prefer_wide_kernels
 from featcache.tuning.launched import tells_for_machine
 
 DONE_WITH_SKIPS = 3
@@ -29,6 +30,7 @@ class _Verbs(click.Group):
     """Turns what is known into one line and an exit code, once for all commands."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        prefer_wide_kernels()
         keep_standard_streams()
         signal.signal(signal.SIGTERM, _terminate)
         try:

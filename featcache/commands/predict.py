@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -116,7 +116,7 @@ def csv_lines(predictions: Iterable[Prediction]) -> Iterator[str]:
         yield prediction.to_csv()
 
 
-def written_to_csv(predictions: Iterable[Prediction], path: Path) -> Iterator[Prediction]:
+def written_to_csv(predictions: Iterable[Prediction], path: Path) -> Generator[Prediction, None, None]:
     """The predictions, written on the way to a file that gets its name `path` once it has all. DiskError."""
     with (
         whole_or_nothing(path) as temporary,
