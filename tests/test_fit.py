@@ -235,9 +235,10 @@ def test_a_grid_extends_beyond_its_edge(head: str, gap: float) -> None:
     kind, result = HEADS[head], run(gaussian_features(gap=gap), head)[0]
     (name,) = kind.searched
     values = np.array([candidate.values[name] for candidate in result.selection.candidates])
-    assert set(values) > set(kind.grid[name])
+    assert kind.is_valley or set(values) > set(kind.grid[name])
     steps = np.diff(2 * np.log10(values))
-    assert set(steps.round(6).tolist()) <= {1.0, 0.5}  # half steps beside the best alone
+    # Half steps beside the best alone; a decade where what lies between cannot win.
+    assert set(steps.round(6).tolist()) <= {1.0, 0.5, *([2.0] if kind.is_valley else [])}
     assert (steps < 0.6).sum() in (0, 2)
     assert not min(kind.grid[name]) <= result.params[name] <= max(kind.grid[name])
 

@@ -23,12 +23,16 @@ from featcache.evaluate.metrics import log_losses
 from featcache.evaluate.splits import Folds
 from featcache.heads import HeadKind, build_head
 from featcache.heads.temperature import fit_temperature
+from featcache.heads.threads import in_threads
 from featcache.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:
     from featcache.heads.base import Head
 
 MAX_EXTENSIONS = 8  # candidates a grid may grow by
+PART_ROWS = 4096  # turned into probabilities at a time
+DECADE = 10.0  # between the values that are tried first where a candidate is dear
+SURELY = 3.0  # standard errors
 WORTH = 0.01  # standard errors that the last step to an edge must have gained for another one
 
 
@@ -191,7 +195,12 @@ class _Search:
     def run(self) -> Candidate:
         """Score the grid, what it grows by and a half step at last, and return the best."""
         grids = [self._first_values(parameter) for parameter in self.searched]
-        self._score([dict(zip(self.searched, values, strict=True)) for values in itertools.product(*grids)])
+        if self.kind.is_valley and len(grids) == 1:
+            self._descend(grids[0])
+        else:
+            self._score(
+                [dict(zip(self.searched, values, strict=True)) for values in itertools.product(*grids)]
+            )
         for _ in range(MAX_EXTENSIONS):
             beyond = self._beyond_edge(self.best())
             if beyond is None:
@@ -201,6 +210,21 @@ class _Search:
         if between is not None:
             self._score([between])
         return self.best()
+
+    def _descend(self, values: Sequence[float]) -> None:
+        """Score values a decade apart, up to one that is surely worse than a lower one, and what is missing
+        beside the best: what is left out lies higher on the sides of a valley."""
+        (parameter,) = self.searched
+        ratio = values[1] / values[0] if len(values) > 1 else DECADE
+        stride = max(round(math.log(DECADE) / math.log(ratio)), 1)
+        coarse = sorted({*values[::stride], values[-1]})
+        self._score([{parameter: value} for value in coarse], until_sure=True)
+        while True:
+            at = values.index(self.best().values[parameter])
+            beside = [value for value in values[max(at - 1, 0) : at + 2] if (value,) not in self.found]
+            if not beside:
+                return
+            self._score([{parameter: value} for value in beside])
 
     def best(self) -> Candidate:
         """The best candidate; of equals, the one that regularises more."""
@@ -266,14 +290,25 @@ class _Search:
             return None
         return {parameter: math.sqrt(value * other.values[parameter])}
 
-    def _score(self, candidates: Sequence[Mapping[str, Any]]) -> None:
-        """Score every candidate on the rows that each fold holds out, by heads fitted without them."""
+    def _score(self, candidates: Sequence[Mapping[str, Any]], *, until_sure: bool = False) -> None:
+        """Score every candidate on the rows that each fold holds out, by heads fitted without them.
+
+        until_sure: only as far as to the first that is surely worse than the best so far.
+        """
         with self._one_line():
             for values, table in zip(candidates, self._tables(candidates), strict=True):
                 candidate, predictions = self._judge(values, table)
                 self.found[_key(values)] = candidate
                 if self.best() is candidate:
                     self.kept = {_key(values): predictions}
+                elif until_sure and self._is_surely_worse(predictions):
+                    break
+
+    def _is_surely_worse(self, predictions: OutOfFold) -> bool:
+        """Than the best so far, on the same rows."""
+        (best,) = self.kept.values()
+        above = predictions.weights * (predictions.losses - best.losses)
+        return bool(above.mean() > SURELY * above.std() / math.sqrt(len(above)))
 
     def _tables(self, candidates: Sequence[Mapping[str, Any]]) -> Iterator[NDArray[Any]]:
         """The scores (N, K) of each candidate."""
@@ -282,12 +317,17 @@ class _Search:
             yield from self._fold_by_fold(candidates, f"{what} {self.name}")
             return
         # A bar of one step says nothing, and a grid that grows would leave one for every step.
-        progress = self.progress if len(candidates) > 1 else SilentProgress()
+        progress = self.progress if len(candidates) > 1 and not self.found else SilentProgress()
         progress.start(f"{what} {self.name}", total=len(candidates), unit="candidates")
-        for table in self.path.scores(candidates):
-            progress.advance(1)
-            yield table
-        progress.finish()
+        left = len(candidates)
+        try:
+            for table in self.path.scores(candidates):
+                progress.advance(1)
+                left -= 1
+                yield table
+        finally:
+            progress.advance(left)  # those that cannot win are settled, too
+            progress.finish()
 
     def _fold_by_fold(self, candidates: Sequence[Mapping[str, Any]], label: str) -> NDArray[np.float64]:
         """(V, N, K), of a head fitted anew for every fold."""
@@ -323,7 +363,7 @@ class _Search:
     def _judge(self, values: Mapping[str, Any], scores: NDArray[Any]) -> tuple[Candidate, OutOfFold]:
         """Scores of every held-out row, (N, K), to means and standard errors over the folds."""
         held = np.flatnonzero(self.folds.held_out)
-        scores, y, fold = scores[held].astype(np.float64), self.rows.y[held], self.folds.fold[held]
+        scores, y, fold = scores[held], self.rows.y[held], self.folds.fold[held]
         weights = np.ones(len(held)) if self.rows.weights is None else self.rows.weights[held]
         weights = weights / weights.mean()
         finite = not (np.isnan(scores) | (scores == np.inf)).any()
@@ -332,7 +372,7 @@ class _Search:
         temperature = self.params.get("temperature")
         if temperature is None:
             temperature = fit_temperature(scores, y, weights=weights)
-        probabilities = softmax(scores / temperature, axis=1)
+        probabilities = _probabilities(scores, temperature)
         losses = log_losses(y, probabilities)
         hits = (scores.argmax(axis=1) == y).astype(np.float64)
         nll, nll_se = _mean_over_folds(losses, weights, fold)
@@ -348,6 +388,18 @@ class _Search:
         return candidate, OutOfFold(
             rows=held, y=y, fold=fold, probabilities=probabilities, losses=losses, weights=weights
         )
+
+
+def _probabilities(scores: NDArray[Any], temperature: float) -> NDArray[np.float64]:
+    """softmax(scores / temperature), (n, K), float64 whatever the scores are."""
+    probabilities = np.empty(scores.shape)
+
+    def fill(start: int) -> None:
+        part = slice(start, start + PART_ROWS)
+        probabilities[part] = softmax(scores[part].astype(np.float64) / temperature, axis=1)
+
+    in_threads(fill, range(0, len(scores), PART_ROWS), products=False)
+    return probabilities
 
 
 def _mean_over_folds(

@@ -43,6 +43,8 @@ class HeadKind:
     )  # others while searching, unless the user's
     # Where one parameter is searched, its grid grows by this factor while its edge is best; None: it stays.
     factor: float | None = None
+    # The log-loss falls and rises again along its grid, and values are dear: not all of them are tried.
+    is_valley: bool = False
     # Which values of a searched parameter regularise more, where it is not the low ones: these win ties.
     strong_end: Mapping[str, Literal["low", "high"]] = field(default_factory=dict)
     criterion: Literal["nll", "accuracy"] = "nll"  # what the candidates are compared by
@@ -73,6 +75,7 @@ HEADS: Mapping[str, HeadKind] = {
             searched=("C",),
             grid={"C": tuple(10.0**e for e in (-4, -3.5, -3, -2.5, -2, -1.5, -1, -0.5, 0))},
             factor=10**0.5,
+            is_valley=True,
             search_params={"tol": 1e-5},
             weighted=True,
             has_device=True,

@@ -13,6 +13,7 @@ SUFFICIENT = 1e-4  # of the decrease that the slope promises, for a step to be t
 LEAST_STEPS = 2
 MAX_TRIALS = 12  # lengths of one step
 LEAST_SCALE = 0.02  # of the preconditioner
+PATIENCE = 10  # steps that together must gain more than the values' rounding
 
 
 class Objective(Protocol):
@@ -50,6 +51,7 @@ class _Running:
     value: NDArray[np.float64]
     gradient: NDArray[np.float64]
     length: NDArray[np.float64]  # of the last step, (J,), as part of the direction
+    before: list[NDArray[np.float64]] = field(default_factory=list)  # values of the last steps
     pairs: list[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float64]]] = field(
         default_factory=list
     )
@@ -57,7 +59,14 @@ class _Running:
     def keep(self, rows: NDArray[np.bool_]) -> None:
         self.which, self.x = self.which[rows], self.x[rows]
         self.value, self.gradient, self.length = self.value[rows], self.gradient[rows], self.length[rows]
+        self.before = [value[rows] for value in self.before]
         self.pairs = [(s[rows], y[rows], rho[rows]) for s, y, rho in self.pairs]
+
+    def gained(self, noise: float) -> NDArray[np.bool_]:
+        """Whether the last steps lowered the values by more than their rounding, (J,); notes the values."""
+        self.before = [*self.before[-PATIENCE:], self.value.copy()]
+        lowered: NDArray[np.bool_] = self.before[0] - self.value > noise * np.abs(self.value)
+        return lowered | (len(self.before) <= PATIENCE)
 
 
 def minimise(objective: Objective, x: NDArray[np.float64], *, tol: float, max_iter: int) -> Minima:
@@ -87,7 +96,8 @@ def minimise(objective: Objective, x: NDArray[np.float64], *, tol: float, max_it
         stalled = done.copy()
         if iteration < max_iter and not done.all():
             stalled |= _step(objective, run, direction, slope, ~done)
-        # A line search that finds nothing lower ends at the optimum, to the precision of the arithmetic.
+        stalled |= ~run.gained(objective.noise)
+        # Steps that find nothing lower end at the optimum, to the precision of the arithmetic.
         near = -0.5 * slope <= max(tol, 100 * objective.noise) * np.abs(run.value)
         rows = run.which
         found.x[rows], found.value[rows] = run.x, run.value

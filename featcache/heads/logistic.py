@@ -7,7 +7,6 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import logsumexp
 from sklearn.base import clone
 
 from featcache.heads.base import LinearHead, class_weights, require_count, require_positive
@@ -15,12 +14,9 @@ from featcache.heads.closed import every_fold_knows
 from featcache.heads.device import Products, find_products
 from featcache.heads.path import PathSearch
 from featcache.heads.problems import Problems, Solution
-from featcache.heads.temperature import fit_temperature
 from featcache.heads.training import all_rows, rotated_folds, shared_folds
 
-SEARCHED = 10  # times the tolerance, that does to tell strengths apart on so many rows that float32 does
-LOOSE = 1e-3  # tolerance where a strength cannot be the best
-SURELY = 3.0  # standard errors
+FINER = 0.1  # of the tolerance in a search, on so few rows that it costs nothing
 
 
 class LogisticHead(LinearHead):
@@ -40,8 +36,7 @@ class LogisticHead(LinearHead):
     C : inverse strength of the penalty.
     class_weight : "balanced" gives every class the same weight, None every row; or a weight for each class.
     tol : the solver stops when the decrease it still expects is below this fraction of the objective, which
-        is then at most some 60 times as far above its minimum: within 1e-5 by default. A search over
-        many rows is content with ten times that.
+        is then at most some 60 times as far above its minimum: within 1e-5 by default.
     max_iter : the solver stops here whatever was reached.
     device : where products over the rows are done: cpu, cuda, or auto, which takes a CUDA device where torch
         has one and the processors would take long.
@@ -164,8 +159,7 @@ class LogisticHead(LinearHead):
 class _LogisticSearch:
     """`PathSearch`: folds and strengths share every read of the rows.
 
-    Strengths are met in ascending order, each starting from those before. Where the log-loss has risen twice
-    and is surely above the best, more strength only makes it worse and dearer: then a loose tolerance does.
+    Strengths are met in ascending order, each starting from those solved before.
     """
 
     def __init__(
@@ -180,7 +174,6 @@ class _LogisticSearch:
     ) -> None:
         self.head, self.problems, self.X, self.codes = head, problems, X, codes
         self.fold, self.n_folds = fold, n_folds
-        self.losses: dict[float, NDArray[np.float64]] = {}  # of the rows held out, by strength
 
     def scores(self, candidates: Sequence[Mapping[str, Any]]) -> Iterator[NDArray[Any]]:
         heads = [clone(self.head).set_params(**values) for values in candidates]
@@ -208,11 +201,9 @@ class _LogisticSearch:
 
     def _tables(self, ascending: Sequence[float]) -> Iterator[NDArray[Any]]:
         """The scores of each strength, a wave of strengths solved side by side."""
+        tol = self.head.tol * (1 if self.problems.dtype is np.float32 else FINER)
         for start in range(0, len(ascending), self.problems.wave):
             wave = ascending[start : start + self.problems.wave]
-            many = self.problems.dtype is np.float32
-            tol = self.head.tol * (SEARCHED if many else 1)
-            tol = max(tol, LOOSE) if self._beyond_hope(wave[0]) else tol
             wanted = [(f, C) for C in wave for f in range(self.n_folds)]
             self.problems.solve(wanted, tol=tol, max_iter=self.head.max_iter)
             for C in wave:
@@ -220,31 +211,7 @@ class _LogisticSearch:
                 for f in range(self.n_folds):
                     model = self.problems.solved[f, C]
                     self.problems.score(f, model.weights[None], model.bias[None], table)
-                self.losses[C] = self._losses_of(table[0])
                 yield table[0]
-
-    def _losses_of(self, table: NDArray[Any]) -> NDArray[np.float64]:
-        """The weighted log-losses of the rows held out, after the temperature that suits their scores."""
-        held = self.fold >= 0
-        codes = self.codes[held]
-        scores, weights = table[held], self.head._weigh(self.codes)[codes]
-        scores = scores / fit_temperature(scores, codes, weights=weights)
-        losses = logsumexp(scores, axis=1) - scores[np.arange(len(codes)), codes]
-        weighted: NDArray[np.float64] = weights * losses.astype(np.float64)
-        return weighted
-
-    def _beyond_hope(self, C: float) -> bool:
-        """Whether the two strengths below C are worse than the best one, each by more than the one before."""
-        weaker = sorted(c for c in self.losses if c < C)
-        if len(weaker) < 3:
-            return False
-        means = {c: self.losses[c].mean() for c in weaker}
-        best = min(weaker, key=lambda c: means[c])
-        before, last = weaker[-2:]
-        if best >= before or means[last] < means[before]:
-            return False
-        above = self.losses[before] - self.losses[best]
-        return bool(above.mean() > SURELY * above.std() / np.sqrt(len(above)))
 
     def _mean_of_folds(self, problems: Problems, params: Mapping[str, Any]) -> Solution | None:
         """The mean of the solutions of the folds, if there are, as a point to start from."""

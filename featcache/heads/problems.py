@@ -6,6 +6,7 @@ makes the problems of some rows.
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,19 +105,22 @@ class Problems:
         ]
 
     def _start(self, fold: int, C: float) -> Solution:
-        """What was put there, else the line through the two next lower strengths of this fold, else `first`.
+        """What was put there, else the line through the strengths of this fold on both sides, or through the
+        two next lower ones, else `first`.
 
         Only from the fold itself: a start that saw the rows held out would favour them.
         """
         if (fold, C) in self.solved:
             return self.solved[fold, C]
         K = self.n_classes
-        weaker = sorted(c for f, c in self.solved if f == fold and c <= C)[-2:]
-        if len(weaker) == 2:
-            c1, c2 = weaker
+        known = sorted(c for f, c in self.solved if f == fold)
+        below = bisect(known, C)
+        nearest = known[max(below - 1, 0) : below + 1] if below < len(known) else known[-2:]
+        if len(nearest) == 2:
+            c1, c2 = nearest
             return _along(self.solved[fold, c1], self.solved[fold, c2], c1, c2, C)
-        if weaker:
-            return self.solved[fold, weaker[0]]
+        if nearest:
+            return self.solved[fold, nearest[0]]
         weights, bias = np.zeros((K, self.n_features)), np.zeros(K)
         if self.first is not None and fold == self.n_folds - 1:  # all rows
             weights, bias = self.first(C * float(self.n_rows[fold]))

@@ -144,35 +144,40 @@ def _add(
     wide = (on_rows if everything else on_rows[:, use]).astype(dtype).reshape(-1, on_rows.shape[2])
     shift = (offset if everything else offset[:, use]).astype(dtype)[..., None]
     step = max(min(TILE_VALUES // len(wide), ROW_VALUES // wide.shape[1]), 64)
-    loss, sums, squares = np.zeros(len(use)), np.zeros((K, len(use))), np.zeros((K, len(use)))
+    loss, own_class = np.zeros(len(use)), np.zeros((len(use), K))
+    sums, squares = np.zeros((K, len(use))), np.zeros((K, len(use)))
     slope: Any = 0
     for start in range(0, len(block.codes), step):
         rows, codes = block.rows[start : start + step], block.codes[start : start + step]
         each = np.arange(len(codes))
         p = of_models(wide, rows).reshape(K, len(use), -1)  # (K, J, n)
         p += shift
-        p -= p.max(axis=0)
-        true = p[codes, :, each]  # (n, J)
+        # The other classes against the row's own: 1 - p of a sure row would be rounding of p.
+        own = p[codes, :, each].T  # (J, n)
+        p[codes, :, each] = -np.inf
+        top = p.max(axis=0)
+        p -= top
         np.exp(p, out=p)
-        norm = p.sum(axis=0)
-        p /= norm
+        others = p.sum(axis=0)
+        against = top + np.log(others) - own
+        smaller = np.exp(-np.abs(against))
+        losses = np.maximum(against, 0) + np.log1p(smaller)
+        wrong = np.where(against > 0, 1, smaller) / (1 + smaller)
+        p *= wrong / others
+        p[codes, :, each] = -wrong.T
         if weigh is None:
-            loss += np.log(norm).sum(axis=1, dtype=np.float64) - true.sum(axis=0, dtype=np.float64)
             squares += np.einsum("kjn,kjn->kj", p, p)
-            sums += p.sum(axis=2)
-            p[codes, :, each] -= 1
         else:
             of_row = weigh[use][:, codes].astype(dtype)  # (J, n)
-            loss += np.einsum("jn,jn->j", of_row, np.log(norm) - true.T, dtype=np.float64)
             squares += np.einsum("jn,kjn,kjn->kj", of_row, p, p)
+            losses, wrong = losses * of_row, wrong * of_row
             p *= of_row
-            sums += p.sum(axis=2)
-            p[codes, :, each] -= of_row.T
+        loss += losses.sum(axis=1, dtype=np.float64)
+        sums += p.sum(axis=2)
+        own_class += [np.bincount(codes, weights=of_problem, minlength=K) for of_problem in wrong]
         slope = slope + of_rows(p.reshape(len(wide), -1), rows)
-    counts: Any = np.bincount(block.codes, minlength=K)[:, None]
-    counts = counts if weigh is None else counts * weigh[use].T
     where: Any = slice(None) if everything else use
     total[0][where] += loss
     total[1][:, where] += slope.reshape(K, len(use), -1)
-    total[2][:, where] += sums - counts
-    total[3][:, where] += sums - squares
+    total[2][:, where] += sums
+    total[3][:, where] += sums + 2 * own_class.T - squares

@@ -177,13 +177,18 @@ def _data_terms(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of rows (n, R) and classes (n,), for models W (J, K, R), shift (J, K) and class weights own (J, K)."""
     J, K, _ = W.shape
-    log_p = torch.addmm(shift.flatten(), rows, W.flatten(0, 1).T).view(-1, J, K).log_softmax(dim=2)
+    p = torch.addmm(shift.flatten(), rows, W.flatten(0, 1).T).view(-1, J, K)
     true = codes[:, None, None].expand(-1, J, 1)  # (n, J, 1)
     of_row = own[:, codes].T  # (n, J)
-    loss = -(log_p.gather(2, true)[..., 0] * of_row).sum(0, dtype=torch.float64)
-    p = log_p.exp_()
+    # The other classes against the row's own, as in `softmax`.
+    against = -p.gather(2, true)[..., 0]
+    others = p.scatter_(2, true, -torch.inf).logsumexp(dim=2)
+    against += others
+    loss = (torch.nn.functional.softplus(against) * of_row).sum(0, dtype=torch.float64)
+    wrong = torch.sigmoid(against)
+    p = p.sub_(others.unsqueeze(2)).exp_().mul_(wrong.unsqueeze(2)).scatter_(2, true, wrong.unsqueeze(2))
     variance = (p * (1 - p) * of_row.unsqueeze(2)).sum(0, dtype=torch.float64)
-    p.scatter_add_(2, true, torch.full_like(p[:, :, :1], -1.0))
+    p.scatter_(2, true, -wrong.unsqueeze(2))
     p *= of_row.unsqueeze(2)
     slope = (p.flatten(1).T @ rows).view(W.shape)
     return loss, slope, p.sum(0, dtype=torch.float64), variance
