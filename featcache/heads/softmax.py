@@ -71,10 +71,10 @@ class SoftmaxRows:
     ) -> DataTerm:
         """The log-loss of the problems of these folds, (J,), with its gradient."""
         J, K, R = weights.shape
-        on_rows, offset = self._on_rows(fold, weights, bias)
+        models = _Models(fold, *self._on_rows(fold, weights, bias))
         own = self.weights[fold]
         weigh = None if np.all(own == 1) else own
-        parts = self._map(lambda block, total: _add(block, fold, on_rows, offset, weigh, total), (J, K, R))
+        parts = self._map(lambda block, total: _add(block, models, weigh, total), (J, K, R))
         loss, slope, sums, variance = (sum(part[i] for part in parts) for i in range(4))
         mean, scale = self.affine.mean[fold][:, None], self.affine.scale[fold][:, None]
         gradient = (slope.transpose(1, 0, 2) - sums.T[..., None] * mean) / scale
@@ -127,22 +127,37 @@ def _zeros(shape: tuple[int, int, int]) -> tuple[NDArray[np.float64], ...]:
     return np.zeros(J), np.zeros((K, J, R)), np.zeros((K, J)), np.zeros((K, J))
 
 
+class _Models:
+    """Models on the rows, (K, J, R) and (K, J), of problems of these folds, (J,), side by side as blocks need
+    them: a cast and a copy for all blocks that are fitted on in the same folds."""
+
+    def __init__(
+        self, fold: NDArray[np.intp], on_rows: NDArray[np.float64], offset: NDArray[np.float64]
+    ) -> None:
+        self.fold, self.on_rows, self.offset = fold, on_rows, offset
+        self.made: dict[tuple[bytes, Any], tuple[NDArray[np.intp], NDArray[Any], NDArray[Any]]] = {}
+
+    def of(self, block: Block) -> tuple[NDArray[np.intp], NDArray[Any], NDArray[Any]]:
+        """The problems fitted on a block, (J',), their models (K J', R) and (K, J', 1), in its precision."""
+        dtype, key = block.rows.dtype, (block.fitted.tobytes(), block.rows.dtype)
+        if key not in self.made:
+            use = np.flatnonzero(block.fitted[self.fold])
+            wide = self.on_rows[:, use].astype(dtype).reshape(-1, self.on_rows.shape[2])
+            self.made[key] = use, wide, self.offset[:, use].astype(dtype)[..., None]
+        return self.made[key]
+
+
 def _add(
     block: Block,
-    fold: NDArray[np.intp],
-    on_rows: NDArray[np.float64],
-    offset: NDArray[np.float64],
+    models: _Models,
     weigh: NDArray[np.float64] | None,
     total: tuple[NDArray[np.float64], ...],
 ) -> None:
     """Add to `total` what the rows of a block are to the problems that are fitted on them."""
-    use = np.flatnonzero(block.fitted[fold])
+    use, wide, shift = models.of(block)
     if not len(use):
         return
-    everything = len(use) == len(fold)
-    K, dtype = len(on_rows), block.rows.dtype
-    wide = (on_rows if everything else on_rows[:, use]).astype(dtype).reshape(-1, on_rows.shape[2])
-    shift = (offset if everything else offset[:, use]).astype(dtype)[..., None]
+    K, dtype = len(shift), block.rows.dtype
     step = max(min(TILE_VALUES // len(wide), ROW_VALUES // wide.shape[1]), 64)
     loss, own_class = np.zeros(len(use)), np.zeros((len(use), K))
     sums, squares = np.zeros((K, len(use))), np.zeros((K, len(use)))
@@ -176,8 +191,9 @@ def _add(
         sums += p.sum(axis=2)
         own_class += [np.bincount(codes, weights=of_problem, minlength=K) for of_problem in wrong]
         slope = slope + of_rows(p.reshape(len(wide), -1), rows)
-    where: Any = slice(None) if everything else use
-    total[0][where] += loss
-    total[1][:, where] += slope.reshape(K, len(use), -1)
-    total[2][:, where] += sums
-    total[3][:, where] += sums + 2 * own_class.T - squares
+    slope = slope.reshape(K, len(use), -1)
+    for j, problem in enumerate(use):
+        total[1][:, problem] += slope[:, j]
+    total[0][use] += loss
+    total[2][:, use] += sums
+    total[3][:, use] += sums + 2 * own_class.T - squares
