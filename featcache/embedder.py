@@ -36,6 +36,8 @@ from featcache.request import (
     EmbedRequest,
     RecordedBackbone,
     absolute_weights,
+    left_place,
+    place_weights,
     recorded_batch_size,
     recorded_decoder,
 )
@@ -88,6 +90,7 @@ class Embedder:
     ) -> None:
         self.request = request
         self.ready: ReadyEngine | None = None
+        self.weights: Mapping[str, Any] | None = None  # `WeightsIdentity` as a dict, once a spec is settled
         self._backbone = backbone
         self._device, self._batch_size, self._engine = device, batch_size, engine
         self._decoder = decoder
@@ -132,6 +135,7 @@ class Embedder:
             proof = "" if self._backbone else prove_weights(store.provenance, self.request.as_json())
             if proof:
                 _require_same(stores, store.spec, output=output)
+                self.weights = place_weights(store.provenance.get("weights", {}), self.request.weights)
                 return store.spec, proof
         for store in stores:
             self._require_same_backbone(store)
@@ -140,7 +144,12 @@ class Embedder:
             if store.path == output:
                 _require_same_file(store, ready.weights)
         _require_same(stores, ready.spec, output=output)
+        self.weights = ready.weights
         return ready.spec, f"weights {ready.spec.weights_sha256[:12]} loaded and compared"
+
+    def left_place(self, store: FeatureStore) -> str:
+        """Where `store` says that its weights file is, where the settled spec has it elsewhere; "" else."""
+        return left_place(store.provenance.get("weights"), self.weights) if self.weights else ""
 
     def choose_engine(self, *, images: int, samples: Samples) -> ReadyEngine:
         """The engine and decoder asked for, or the fastest, for a new store of so many images to be embedded.

@@ -128,8 +128,13 @@ class Embedding:
         return opened.embedded()
 
     def _can_continue(self, plan: ReusePlan, index: int) -> bool:
-        """Whether to go on within a file of the plan; never within one that only lends its rows."""
-        return self.files.has(plan.caches[index].store.path) and plan.can_continue(index)
+        """Whether to go on within a file of the plan; never within one that only lends its rows.
+
+        Nor within one that sends whoever looks for its weights to where they are no more.
+        """
+        store = plan.caches[index].store
+        ours = self.files.has(store.path) and plan.can_continue(index)
+        return ours and not self.embedder.left_place(store)
 
     def settle_engine(self, plan: ReusePlan, spec: FeatureSpec) -> None:
         """Make ready the engine for the pending rows: that of the store to go on with, if there is one."""
@@ -169,7 +174,7 @@ class Embedding:
         decoder = ready.decoder if ready else recorded_decoder(old)
         provenance = {
             "request": self.embedder.request.as_json(),
-            "weights": ready.weights if ready else old.get("weights"),
+            "weights": self.embedder.weights or (ready.weights if ready else old.get("weights")),
             "versions": versions.installed(),
             "engine": engine,
             "decoder": decoder,

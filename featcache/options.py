@@ -22,9 +22,10 @@ from featcache.request import (
     RecordedBackbone,
     absolute_weights,
     require_sizes,
+    require_weights_there,
 )
 from featcache.sharding import Shard, processors_of_rank
-from featcache.spec import JpegScale, Precision, StoreDtype
+from featcache.spec import FeatureSpec, JpegScale, Precision, StoreDtype
 from featcache.store.files import StoreFiles
 from featcache.store.reader import FeatureStore
 from featcache.words import shell_command, show_text
@@ -100,6 +101,8 @@ class EmbedOptions:
         }
         named = {name: value for name, value in asked.items() if value is not None}
         own = None if files is None else _recorded_request(files, backbone)
+        if files and own and self.weights is None:
+            require_weights_there(own.weights, where=show_path(files.output))
         request = replace(own or DEFAULT_REQUEST, **named)
         if files and self.progress and request == own != replace(DEFAULT_REQUEST, **named):
             words = shell_command(request.spell())
@@ -168,6 +171,14 @@ def _require_default(unread: Sequence[FeatureStore]) -> None:
             damage = "" if store.sealed else " is damaged: its seal is broken, and it"
             raise StoreError(
                 f"{show_path(store.path)}{damage} does not say what it was made with, but that its features "
-                f"are of {show_text(own)}. To go on with them, pass {shell_command(['--backbone', own])}, "
-                "and what else was not the default."
+                f"are of {show_text(own)}. To go on with them, pass {_spell(store.spec)}, and the --weights, "
+                "--seed or NAME@WEIGHTS of then where they were not the default."
             )
+
+
+def _spell(spec: FeatureSpec) -> str:
+    """The options of `featcache embed` that ask for features of this spec, but for their weights."""
+    try:
+        return shell_command(EmbedRequest.of_spec(spec).spell())
+    except ValueError:  # of a forged file
+        return shell_command(["--backbone", spec.backbone])

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self, get_args
 
 from featcache.backbones import Backbone, load_backbone
-from featcache.backbones.weights import RANDOM
+from featcache.backbones.weights import RANDOM, file_sha256, require_file
 from featcache.engines import MAX_BATCH_SIZE
 from featcache.errors import BackboneError, FeatcacheError, StoreError
 from featcache.images.decode import Decoder
+from featcache.images.paths import show_path
 from featcache.spec import PENULTIMATE, FeatureSpec, JpegScale, Precision, StoreDtype
 from featcache.store.reader import FeatureStore
 from featcache.words import spell_options
@@ -50,18 +51,32 @@ class EmbedRequest:
         if not isinstance(nodes, list) or not all(isinstance(node, str) for node in nodes):
             nodes = [node.key for node in store.spec.nodes]
         try:
-            return cls(
+            return replace(
+                cls.of_spec(store.spec),
                 backbone=backbone.name,
                 weights=backbone.asked_weights,
                 seed=backbone.seed,
                 nodes=tuple(nodes),
-                precision=store.spec.compute_dtype,
-                store_dtype=store.spec.store_dtype,
-                views=store.spec.views,
-                jpeg=store.spec.preprocessing.jpeg,
             )
         except ValueError as exc:
             raise StoreError(f"{store.path} holds what no request makes: {exc}. Make it anew.") from exc
+
+    @classmethod
+    def of_spec(cls, spec: FeatureSpec) -> Self:
+        """What asks for such features of the pretrained weights: a spec does not say where its own are from.
+
+        ValueError where none does.
+        """
+        return cls(
+            backbone=spec.backbone,
+            weights=None,
+            seed=spec.views_seed,
+            nodes=tuple(node.key for node in spec.nodes),
+            precision=spec.compute_dtype,
+            store_dtype=spec.store_dtype,
+            views=spec.views,
+            jpeg=spec.preprocessing.jpeg,
+        )
 
     def spell(self) -> tuple[str, ...]:
         """The options of `featcache embed` that ask for this: the backbone, and what a new store has not."""
@@ -106,6 +121,43 @@ def absolute_weights(weights: str | None) -> str | None:
         return str(Path(weights).expanduser().absolute())
     except RuntimeError:  # of a home that is nobody's: who opens the file says so
         return weights
+
+
+def require_weights_there(weights: str | None, *, where: str) -> None:
+    """BackboneError where the weights file that the file `where` was made with is not there any more."""
+    if weights is None or weights == RANDOM:
+        return
+    try:
+        require_file(weights)
+    except BackboneError as error:
+        why = getattr(error.__cause__, "strerror", None) or error.__cause__
+        raise BackboneError(
+            f"{where} was made with the weights file {show_path(weights)}, which is not there ({why}): "
+            "pass --weights FILE with the place where it is now."
+        ) from error
+
+
+def place_weights(recorded: Mapping[str, Any], asked: str | None) -> Mapping[str, Any]:
+    """What a store records of its weights, with the file where it is asked for."""
+    if asked is None or asked == RANDOM:
+        return recorded
+    return {**recorded, "path": asked, "label": Path(asked).name}
+
+
+def left_place(recorded: Any, now: Mapping[str, Any]) -> str:
+    """The place where a store says that its weights file is, where it is there no more and `now` elsewhere.
+
+    recorded: the weights of its provenance, which may be anything. "" where it is still there, or no file.
+    """
+    if not isinstance(recorded, Mapping) or not recorded.get("source") == now.get("source") == "file":
+        return ""
+    place = recorded.get("path")
+    if not isinstance(place, str) or place == now["path"]:
+        return ""
+    try:
+        return "" if file_sha256(Path(place)) == recorded.get("file_sha256") else place
+    except (BackboneError, ValueError):  # a path that is none, such as one with a zero byte
+        return place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +240,8 @@ class RecordedBackbone:
         """
         self.require_permission(allowed)
         found = weights or self.weights_path or self.asked_weights
+        if not weights:
+            require_weights_there(found, where=self.where)
         loaded = load_backbone(self.name, weights=found, seed=self.seed)
         if loaded.weights.sha256 != self.weights_sha256:
             raise BackboneError(

@@ -128,8 +128,9 @@ def preview_update(run: Embedding, scan: ListImages) -> EmbedResult:
     listing = scan()
     plan, spec, _ = _plan(run, listing, run.files.open_all())
     planned = Embedded(plan=plan, status=plan.reused_status)
+    notes = [*listing.notes, *plan.notes(), *_moved_weights(run, plan)]
     return replace(
-        _result(run, planned, spec=spec, notes=[*listing.notes, *plan.notes()]),
+        _result(run, planned, spec=spec, notes=notes),
         embedded=len(plan.pending),
         dry_run=True,
     )
@@ -222,9 +223,10 @@ def _join(run: Embedding, shard: Shard, listing: Listing, scan: ListImages, resu
 def _run(run: Embedding, listing: Listing) -> Update:
     stores = run.files.open_all()
     plan, spec, weights_proof = _plan(run, listing, stores)
+    moved = _moved_weights(run, plan)
     embedded = yield from run.carry_out(plan, spec)
     remove_shards(run.files, stores)
-    notes = [*listing.notes, *plan.notes(), *embedded.notes, *_other_ways(plan, run)]
+    notes = [*listing.notes, *plan.notes(), *embedded.notes, *_other_ways(plan, run), *moved]
     if not len(plan.pending):
         notes.append(_how(plan, weights_proof))
     return _result(run, embedded, spec=spec, notes=notes)
@@ -275,6 +277,17 @@ def _other_ways(plan: ReusePlan, run: Embedding) -> list[str]:
             f"{ready.decoder}: their features differ a little"
         )
     return notes
+
+
+def _moved_weights(run: Embedding, plan: ReusePlan) -> list[str]:
+    """What is said where the store is to record another place of its weights file."""
+    stores = [cache.store for cache in plan.caches if cache.store.path == run.files.output]
+    weights = run.embedder.weights or {}
+    return [
+        f"the weights file is {show_path(weights['path'])}; {show_path(place)}, where it was, has it no more"
+        for store in stores
+        if (place := run.embedder.left_place(store))
+    ]
 
 
 def _ways(run: Embedding) -> dict[str, Any]:

@@ -143,6 +143,14 @@ def test_the_list_names_every_backbone_once_with_its_width(offline: Path) -> Non
     }
 
 
+def test_a_network_newer_than_the_rows_is_listed_without_its_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchvision, "ROW_OF", {})
+    listed = CliRunner().invoke(main, ["backbones"]).stdout
+    (said,) = [line for line in listed.splitlines() if line.startswith("resnet50 ")]
+    assert said.split()[1:3] == ["?", "25,557,032"]
+    assert "torchvision's are downloaded when first used" in listed
+
+
 def test_a_network_newer_than_the_rows_is_built_by_the_general_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     known = load_backbone(SMALL, weights="random")
     monkeypatch.setattr(torchvision, "ROW_OF", {})
@@ -432,6 +440,14 @@ def test_weights_are_proved_by_the_bytes_of_their_file(
     assert "w.pth has the recorded sha256" in prove_weights(provenance, request)
     assert prove_weights(provenance, {**request, "seed": 1}) == ""
     assert prove_weights({**provenance, "versions": {"torch": "1.0"}}, request) == ""
+    for name, known in (("moved.pth", True), ("moved.PTH", True), ("moved.safetensors", False)):
+        moved = tmp_path / name
+        moved.write_bytes(path.read_bytes())
+        elsewhere = {**request, "weights": str(moved)}
+        assert bool(prove_weights(provenance, elsewhere)) is known  # read by its ending
+        assert prove_weights(provenance, {**elsewhere, "seed": 1}) == ""
+    assert prove_weights(provenance, {**request, "weights": None}) == ""
+    assert prove_weights(provenance, {**request, "weights": "random"}) == ""
     path.write_bytes(path.read_bytes() + b"\0")
     assert prove_weights(provenance, request) == ""
 

@@ -108,6 +108,7 @@ def test_the_version_is_that_of_the_package() -> None:
         ["repair", "s.h5", "--max-failures", "2"],
         ["explain"],
         ["explain", "s.h5", "t.h5", "--data", "photos"],
+        ["finetune", "s.model", "photos", "-o", "t.model", "--seed", str(1 << 63)],
         ["explain", "s.h5", "t.h5", "--backbone", "resnet18"],
         ["explain", "s.h5", "t.h5", "--seed", "0"],
         ["predict", "s.model"],
@@ -131,18 +132,20 @@ def test_a_parameter_keeps_what_follows_its_first_equals_sign(store: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("twice", "option"),
-    [
-        (("--head", "sklearn:SVC", "--head", "ridge"), "--head"),
-        (("--output", "a.model", "-o", "b.model"), "--output"),
-    ],
+    ("command", "option"),
+    [(command, option) for command, option in OPTIONS if not option.multiple and not option.is_flag],
+    ids=lambda part: part.name,
 )
-def test_an_option_of_fit_that_takes_one_value_takes_no_second(
-    store: Path, twice: tuple[str, ...], option: str
+def test_an_option_that_takes_one_value_takes_no_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: click.Command, option: click.Option
 ) -> None:
-    result = run("fit", store, *twice)
+    monkeypatch.chdir(tmp_path)
+    result = run(str(command.name), option.opts[0], "1", option.opts[-1], "2")
     assert result.exit_code == 2
-    assert f"Error: {option} takes one value, and is given more than once.\n" in result.stderr
+    assert f"Error: {option.opts[-1]} takes one value, and is given more than once.\n" in result.stderr
+
+
+def test_options_that_may_be_repeated_are(store: Path) -> None:
     more = run("fit", store, "--head", "ridge", "--param", "alpha=1", "--param", "temperature=1", "-q", "-q")
     assert more.exit_code == 0, more.output
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -101,7 +102,7 @@ def test_rows_that_not_every_store_has_are_left_out_and_counted(
     result = run(a, b, c)
     assert list(result.left_out.values()) == [10, 6, 4]
     assert (result.n_train, result.candidates[0].test.n) == (116, 294)
-    assert f"10 rows of {a} are not in every store and were left out" in result.describe()
+    assert f"10 rows of {a} not in every store, and left out" in result.describe()
 
 
 def test_an_image_that_is_there_several_times_is_joined_as_often_as_all_have_it(good: FeatureSet) -> None:
@@ -381,6 +382,17 @@ def test_the_command_fits_the_one_to_take_as_it_was_fitted(
         f"featcache fit {a} --node penultimate --head {chosen.head} --group-by similar:0.999 --budget 5.5 "
         "--seed 3"
     )
+
+
+def test_a_shell_finds_the_store_of_the_command_whatever_it_is_called(
+    save: Callable[..., Path], good: FeatureSet
+) -> None:
+    result = run(save("two\nlines", good), save("it's", noisy(good, sd=6)))
+    assert result.take is not None
+    assert "\n" not in result.take.command
+    printed = result.take.command.replace("featcache fit", "printf '%s\\0'", 1)
+    ran = subprocess.run(["bash", "-c", printed], capture_output=True, check=True)
+    assert ran.stdout.split(b"\0")[0].decode() == result.candidates[0].store
 
 
 def test_the_cost_of_an_image_is_what_the_store_recorded(

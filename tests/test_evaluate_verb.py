@@ -366,9 +366,11 @@ def test_the_scores_are_not_lost_with_a_csv_that_cannot_be_written(
     assert f"accuracy            {work.fitted.metrics.accuracy:.4f}" in failed.stderr
 
 
-def test_a_store_has_no_root(work: Work) -> None:
+def test_a_store_has_no_root_and_no_links(work: Work) -> None:
     with pytest.raises(DataError, match="is a store, which reads no images: leave --root away"):
         ask(work, work.store, root=work.photos)
+    with pytest.raises(DataError, match="is a store, which reads no images: leave --follow-links away"):
+        ask(work, work.store, follow_links=True)
 
 
 def test_abstaining_is_counted_by_hand(work: Work) -> None:

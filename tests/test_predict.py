@@ -286,7 +286,7 @@ def test_a_weights_file_that_moved_is_named_by_the_user(resnet: Work, tmp_path: 
     assert moved.read_bytes() != old.read_bytes()
     hidden = old.rename(tmp_path / "hidden")
     try:
-        with pytest.raises(BackboneError, match=r"no weights file .*0\.safetensors"):
+        with pytest.raises(BackboneError, match=r"weights file .*0\.safetensors, which is not there"):
             predict(resnet.model, resnet.images)
         assert predict(resnet.model, resnet.images, weights=str(moved)).predictions == expected
     finally:

@@ -371,7 +371,7 @@ def test_the_weights_are_the_recorded_ones_or_it_is_refused(photos: Path, tmp_pa
     ):
         repair(store, weights=str(tmp_path / "1.safetensors"))
     moved = mine.rename(tmp_path / "moved.safetensors")
-    with pytest.raises(BackboneError, match=r"no weights file .*0\.safetensors"):
+    with pytest.raises(BackboneError, match=r"weights file .*0\.safetensors, which is not there"):
         repair(store)
     assert counts(repair(store, weights=str(moved))) == {"embedded": 8, "damaged": 8}
     assert content(store) == before

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
+import shlex
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -176,17 +178,29 @@ def test_a_backbone_of_torchvision_need_not_be_named_again(
     assert json.loads(planned.stdout)["known"] == 2
 
 
-def test_a_store_that_cannot_say_what_it_was_made_with_names_its_backbone(made: tuple[Path, Path]) -> None:
+def test_a_store_that_cannot_say_what_it_was_made_with_spells_what_its_features_are_of(
+    made: tuple[Path, Path],
+) -> None:
     photos, store = made
     flip_in(store, "ids")
     broken = store.read_bytes()
     for ask in (embed, plan_module.plan):
-        with pytest.raises(StoreError, match="its seal is broken.* pass --backbone small_net") as said:
+        with pytest.raises(StoreError, match="its seal is broken") as said:
             ask(photos, store, **ONE)
         assert "\n" not in str(said.value)
         assert "resnet18" not in str(said.value)
     assert store.read_bytes() == broken
-    assert embed(photos, store, **ASKED, **ONE).reused == 4
+    spelled = re.search(r"pass (.*), and the --weights, --seed or NAME@WEIGHTS of then", str(said.value))
+    assert spelled is not None
+    asked = ["embed", str(photos), "-o", str(store), "--decoder", "exact", *shlex.split(spelled[1]), "--json"]
+    assert json.loads(CliRunner().invoke(main, asked).stdout)["reused"] == 4
+
+
+def test_a_forged_store_that_no_options_ask_for_names_its_backbone(tmp_path: Path) -> None:
+    store = make_toy_store(tmp_path / "s.h5", n=2, spec=toy_spec(compute_dtype="float8"))
+    flip_in(store, "ids")
+    with pytest.raises(StoreError, match="its seal is broken.* pass --backbone toy, and the --weights"):
+        embed(tmp_path, store, **ONE)
 
 
 def test_a_store_that_never_said_it_names_its_backbone(made: tuple[Path, Path], tmp_path: Path) -> None:

@@ -113,12 +113,11 @@ def prove_weights(provenance: Mapping[str, Any], request: Mapping[str, Any]) -> 
 
     provenance: of the store, with its "request", "weights" (`WeightsIdentity` as a dict) and "versions".
     request: what is asked for now, with "backbone" and "weights" as given to `load_backbone`.
-    Imports no torch: the request and the libraries must be the recorded ones, and the file's bytes unchanged.
+    Imports no torch: the request and the libraries must be the recorded ones, and the file's bytes unchanged,
+    wherever the file is now.
     """
-    weights, recorded_versions = provenance.get("weights"), provenance.get("versions")
-    if not isinstance(weights, Mapping) or not isinstance(recorded_versions, Mapping):
-        return ""
-    if provenance.get("request") != request or not same_backbone_libraries(recorded_versions):
+    had, weights, libraries = (_object(provenance, name) for name in ("request", "weights", "versions"))
+    if not _asks_alike(had, request) or not same_backbone_libraries(libraries):
         return ""
     if weights.get("source") == RANDOM:
         return f"random weights of {weights.get('label')} under the same library versions"
@@ -129,3 +128,22 @@ def prove_weights(provenance: Mapping[str, Any], request: Mapping[str, Any]) -> 
     if path is None or file_sha256(path) != weights.get("file_sha256"):
         return ""
     return f"weights file {path.name} has the recorded sha256 {weights['file_sha256'][:12]}"
+
+
+def _asks_alike(had: Mapping[str, Any], request: Mapping[str, Any]) -> bool:
+    """Whether two requests differ in nothing, or in where their weights file is; it is read by its ending."""
+    if had == request:
+        return True
+    places = [asked.get("weights") for asked in (had, request)]
+    files = [Path(place) for place in places if isinstance(place, str) and place != RANDOM]
+    return (
+        {**had, "weights": None} == {**request, "weights": None}
+        and len(files) == len(places)
+        and len({file.suffix.lower() for file in files}) == 1
+    )
+
+
+def _object(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The JSON object of that name; an empty one where there is none."""
+    found = document.get(name)
+    return found if isinstance(found, Mapping) else {}

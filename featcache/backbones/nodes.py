@@ -41,12 +41,12 @@ class Extractor(nn.Module):
 
     def __init__(self, graph: nn.Module, backbone: Backbone, nodes: tuple[FeatureNode, ...]) -> None:
         super().__init__()
-        self.graph = graph
+        self.network = graph  # not `graph`: torch 2.11 takes what has one for a graph module
         self.nodes: tuple[FeatureNode, ...] = nodes
         self._pools = {node.key: (node.name, _pool(backbone, node)) for node in nodes}
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        outputs = self.graph(images)
+        outputs = self.network(images)
         return {key: pool(outputs[name].float()) for key, (name, pool) in self._pools.items()}
 
 
@@ -66,11 +66,11 @@ class _Traced(nn.Module):
 
     def __init__(self, graph: nn.Module, nodes: dict[str, str]) -> None:
         super().__init__()
-        self.graph = graph
+        self.network = graph
         self._nodes = nodes
 
     def forward(self, images: Tensor) -> dict[str, Any]:
-        outputs = self.graph(images)
+        outputs = self.network(images)
         return {name: outputs[node] for name, node in self._nodes.items()}
 
 

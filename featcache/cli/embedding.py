@@ -27,12 +27,14 @@ _DEFAULT = "resnet18"
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option(
     "-o", "--output", required=True, type=click.Path(dir_okay=False), metavar="STORE.h5",
-    help="The feature store to make or to bring up to date; with {backbone} in it, one for each backbone.",
+    help="The feature store to make or to bring up to date. {backbone} in it, as in 'photos.{backbone}.h5', "
+    "stands for the name of each --backbone, which then has a store of its own.",
 )  # fmt: skip
 @click.option(
     "--backbone", "backbones", multiple=True, metavar="NAME",
     help="A name of `featcache backbones`, NAME@WEIGHTS, or your own module:function; repeatable: each has a "
-    f"store, and images are decoded once. Default: the store's own; of a new store {_DEFAULT}.",
+    f"store, and images are decoded once. Default: the store's own; of a new store {_DEFAULT}, whose weights "
+    "are downloaded (45 MB) unless they are here.",
 )  # fmt: skip
 @embed_options
 @click.option(

@@ -26,8 +26,23 @@ def _terminate(signum: int, frame: object) -> NoReturn:
     raise _Terminated
 
 
+class _OnceEach(click.Command):
+    """Refuses a second value for an option that takes one: the first would be dropped without a word."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        *_, order = self.make_parser(ctx).parse_args(args=list(args))
+        options = [one for one in order if isinstance(one, click.Option)]
+        given = [one for one in options if not one.multiple and not one.is_flag]
+        twice = [one.opts[-1] for one, times in Counter(given).items() if times > 1]
+        if twice and not ctx.resilient_parsing:
+            raise click.UsageError(f"{twice[0]} takes one value, and is given more than once.", ctx)
+        return super().parse_args(ctx, args)
+
+
 class _Verbs(click.Group):
     """Turns what is known into one line and an exit code, once for all commands."""
+
+    command_class = _OnceEach
 
     def invoke(self, ctx: click.Context) -> Any:
         prefer_wide_kernels()
@@ -50,19 +65,6 @@ class _Verbs(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
-
-
-class OnceEach(click.Command):
-    """Refuses a second value for an option that takes one: the first would be dropped without a word."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        *_, order = self.make_parser(ctx).parse_args(args=list(args))
-        options = [one for one in order if isinstance(one, click.Option)]
-        given = [one for one in options if not one.multiple and not one.is_flag]
-        twice = [one.opts[-1] for one, times in Counter(given).items() if times > 1]
-        if twice and not ctx.resilient_parsing:
-            raise click.UsageError(f"{twice[0]} takes one value, and is given more than once.", ctx)
-        return super().parse_args(ctx, args)
 
 
 def _require_folder() -> None:

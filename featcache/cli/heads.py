@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from featcache.cli.group import OnceEach, emit, main
+from featcache.cli.group import emit, main
 from featcache.cli.options import (
     GROUPINGS,
     json_option,
@@ -34,7 +34,7 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) 
     return found
 
 
-@main.command(cls=OnceEach, short_help="Choose, fit and score a head on cached features.")
+@main.command(short_help="Choose, fit and score a head on cached features.")
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), metavar="MODEL",
@@ -43,8 +43,8 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) 
 )  # fmt: skip
 @click.option(
     "--head", default="auto", show_default=True, metavar="NAME",
-    help="auto: heads compete. Or one: ncm, lda, ridge, logistic, linear, knn, mlp, or sklearn:CLASS for any "
-    "scikit-learn classifier.",
+    help="auto: heads compete. Or one: ncm, lda, ridge, logistic, linear, knn, mlp, or sklearn:CLASS, for "
+    "most of scikit-learn's classifiers; the others are refused before any work.",
 )  # fmt: skip
 @click.option(
     "--budget", type=click.FloatRange(0, min_open=True), default=60.0, show_default=True, metavar="SECONDS",

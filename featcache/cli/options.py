@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+SEED = click.IntRange(0, (1 << 63) - 1)  # what torch draws by
+
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON on stdout and nothing else there."
 )
@@ -27,7 +29,7 @@ workers_option = click.option(
 )
 seed_option = click.option(
     "--seed",
-    type=click.IntRange(0, (1 << 63) - 1),
+    type=SEED,
     default=0,
     show_default=True,
     help="Of all that is drawn at random: random weights, augmented views, splits.",
@@ -88,10 +90,11 @@ _OWN = "Default: the store's own; of a new store"
 EMBED_OPTIONS = (
     click.option(
         "--weights", metavar="FILE|random",
-        help=f"A .safetensors or .pth file, or seeded random ones. {_OWN} the pretrained ones.",
+        help="A .safetensors or .pth file, for where there is no internet, or seeded random ones. "
+        f"{_OWN} the pretrained ones; `featcache backbones NAME` says where they are from.",
     ),
     click.option(
-        "--seed", type=click.IntRange(0, (1 << 63) - 1),
+        "--seed", type=SEED,
         help=f"Of random weights and of augmented views. {_OWN} 0.",
     ),
     click.option(

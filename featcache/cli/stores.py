@@ -9,6 +9,7 @@ import click
 
 from featcache.cli.group import DONE_WITH_SKIPS, emit, main
 from featcache.cli.options import (
+    SEED,
     allowed_backbone_option,
     batch_size_option,
     device_option,
@@ -133,7 +134,7 @@ def merge(ctx: click.Context, /, stores: tuple[Path, ...], *, output: Path, as_j
 )
 @click.option("--weights", metavar="FILE|random", help="As for embed; by default as the store was made.")
 @click.option(
-    "--seed", type=click.IntRange(0, (1 << 63) - 1),
+    "--seed", type=SEED,
     help="Of random weights; by default as the store was made.",
 )  # fmt: skip
 @click.option(

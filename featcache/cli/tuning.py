@@ -12,6 +12,7 @@ import click
 from featcache.cli.group import emit, main
 from featcache.cli.options import (
     GROUPINGS,
+    SEED,
     allowed_backbone_option,
     device_option,
     follow_links_option,
@@ -86,7 +87,7 @@ SETTINGS = (
     _setting("batch_norm", click.Choice(["frozen", "trained"]), "The statistics of batch norms."),
     _setting("precision", click.Choice(["float32", "bfloat16"]), "Of the arithmetic."),
     _setting(
-        "seed", click.IntRange(0),
+        "seed", SEED,
         "Of all that is drawn at random; cached pictures are drawn by the seed that MODEL's store had.",
     ),
 )  # fmt: skip

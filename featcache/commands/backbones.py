@@ -26,11 +26,16 @@ class BackboneTable:
         width = max(len(row.name) for row in self.rows)
         origin = max(len(row.weights) for row in self.rows)
         lines = [f"{'name':{width}} {'features':>8} {'parameters':>12}  {'weights':{origin}} here"]
-        lines += [
-            f"{row.name:{width}} {row.num_features:>8,} {row.num_params:>12,}  {row.weights:{origin}} "
-            f"{'yes' if row.available else 'no'}"
-            for row in self.rows
-        ]
+        for row in self.rows:
+            features = "?" if row.num_features is None else f"{row.num_features:,}"
+            lines.append(
+                f"{row.name:{width}} {features:>8} {row.num_params:>12,}  {row.weights:{origin}} "
+                f"{'yes' if row.available else 'no'}"
+            )
+        lines.append(
+            "here: on this machine; torchvision's are downloaded when first used, and without internet "
+            "--weights FILE takes a copy"
+        )
         lines.append("and module:function for one of your own (docs/adding-a-backbone.md)")
         lines.append("`featcache backbones NAME` lists the nodes of one, and its weights")
         return "\n".join(lines)

@@ -8,7 +8,6 @@ is told with intervals that hold for all of them at once.
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from featcache.joining import join_rows
 from featcache.progress import Progress, SilentProgress
 from featcache.store.features import FeatureSet
 from featcache.store.reader import FeatureStore
-from featcache.words import show_text, spell_options
+from featcache.words import plural, shell_command, show_text, spell_options
 
 ALL_NODES = "all"  # a set of nodes: all of the store
 _HEADLINE = (
@@ -124,7 +123,7 @@ class CompareResult:
         n = self.candidates[0].test.n
         lines = [f"trained on {self.n_train:,} rows: {self.trained_on}; scored on {n:,}: {self.scored_on}"]
         lines += [
-            f"{count:,} rows of {show_path(store)} are not in every store and were left out"
+            f"{plural(count, 'row')} of {show_path(store)} not in every store, and left out"
             for store, count in self.left_out.items()
             if count
         ]
@@ -366,8 +365,7 @@ def _fit_command(one: _Fitted, options: Sequence[str]) -> str:
     asked = one.asked
     nodes = [part for key in asked.nodes for part in ("--node", key)]
     head = one.result.head if asked.head == AUTO else asked.head
-    words = ["featcache", "fit", str(asked.store.path), *nodes, "--head", head, *options]
-    return shlex.join(show_path(word) for word in words)
+    return shell_command(["featcache", "fit", asked.store.path, *nodes, "--head", head, *options])
 
 
 def _table(candidates: Sequence[Candidate]) -> list[str]:

@@ -251,8 +251,9 @@ def _open_source(
 ) -> RowSource:
     """The rows of a store, known by its first bytes, or of a folder or CSV of images."""
     if begins_as_store(data):
-        if root is not None:
-            raise DataError(f"{show_path(data)} is a store, which reads no images: leave --root away.")
+        if root is not None or follow_links:
+            option = "--follow-links" if root is None else "--root"
+            raise DataError(f"{show_path(data)} is a store, which reads no images: leave {option} away.")
         return StoreRows(fitted, data, where=where, views=views)
 
     def load(images: int) -> ReadyModel:

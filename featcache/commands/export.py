@@ -87,12 +87,13 @@ def export(
     row = find_format(to)
     if pixels is not None and pixels not in PIXELS:
         raise ValueError(f"pixels is one of {', '.join(PIXELS)}, not {pixels!r}")
+    if row.holds == "features" and (pixels or images or weights or backbone):
+        raise ExportError(
+            f"{row.name} are read from a store as they are: leave --input, --images, --weights and "
+            "--backbone away."
+        )
     if pixels is not None and not row.chooses_input:
         raise ExportError(f"{row.name} files hold no preprocessing: leave --input away, or export --to onnx.")
-    if row.holds == "features" and (images or weights or backbone):
-        raise ExportError(
-            f"{row.name} are read from a store as they are: leave --images, --weights and --backbone away."
-        )
     path = choose_output(row, Path(source), None if output is None else Path(output))
     require_replaceable(path, option="--output", needed={})
     require_libraries(row, path.suffix)

@@ -236,7 +236,7 @@ def _forecast(
     sample = take_sample(to_do, ready, workers=run.workers)
     seconds = {**watch.seconds, "embedding": sample.seconds_for(result.to_embed)}
     memory = peak_memory(result.to_embed)  # before what a run does not do
-    lower = _try_lower_precision(run, to_do, ready, sample)
+    lower = _try_lower_precision(run, to_do, ready, sample, batch_size=options.batch_size)
     asked_engine = None if options.engine == AUTO else options.engine
     situation = Situation(
         sample=sample,
@@ -278,9 +278,12 @@ def _settle_engine(run: Embedding, to_do: ReusePlan, spec: FeatureSpec) -> Ready
 
 
 def _try_lower_precision(
-    run: Embedding, to_do: ReusePlan, ready: ReadyEngine, sample: Sample
+    run: Embedding, to_do: ReusePlan, ready: ReadyEngine, sample: Sample, *, batch_size: int | None
 ) -> LowerPrecision | None:
-    """The network in bfloat16 on pictures of the run, where a run in float32 waits for the processors."""
+    """The network in bfloat16 on pictures of the run, where a run in float32 waits for the processors.
+
+    batch_size: as asked for. That of a store that goes on is one for its own engine.
+    """
     from featcache.engines.devices import has_bfloat16_instructions
     from featcache.engines.lower_precision import LOWER, try_lower_precision
 
@@ -296,7 +299,7 @@ def _try_lower_precision(
             nodes=run.embedder.request.nodes,
             device="cpu",
             precision=LOWER,
-            batch_size=ready.batch_size,
+            batch_size=batch_size,
         )
         return try_lower_precision(engine, ready.engine, pixels, threads=run.workers)
     except (DeviceError, RuntimeError, TypeError):  # the network's own code may know float32 alone

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from scipy.special import softmax
 from torch import Tensor
 
@@ -30,6 +30,7 @@ from featcache.exporting import Opened
 from featcache.exporting.architecture import attribute, find_architecture, load_tensors, loading_code
 from featcache.exporting.recipes import OPEN_IMAGE, READ_CLASSES, TRANSFORM, fill, python_text
 from featcache.exporting.subject import Subject
+from featcache.exporting.tensors import encode_tensors
 from featcache.heads import find_head
 
 _NETWORK, _HEAD = "network.", "head."
@@ -77,7 +78,7 @@ def encode(subject: Subject) -> bytes:
         for name, tensor in subject.backbone.module.state_dict().items()
     }
     tensors |= {_HEAD + name: torch.from_numpy(np.array(array, order="C")) for name, array in arrays.items()}
-    return save(tensors, {**subject.describe(), "head": json.dumps(about)})
+    return encode_tensors(tensors, {**subject.describe(), "head": json.dumps(about)})
 
 
 def load(path: Path, subject: Subject) -> Opened:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import nn
 from torchvision.transforms.functional import normalize
 
@@ -33,6 +33,7 @@ from featcache.exporting.architecture import (
 )
 from featcache.exporting.recipes import OPEN_IMAGE, READ_CLASSES, TRANSFORM, fill, python_text
 from featcache.exporting.subject import Subject
+from featcache.exporting.tensors import encode_tensors
 
 _RECIPE = """
 import json
@@ -81,9 +82,8 @@ def encode(subject: Subject) -> bytes:
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     last = {name: array.view(shapes[name]) for name, array in last.items()}
     load_tensors(model, {**subject.backbone.module.state_dict(), **last})
-    return save(
-        {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, subject.describe()
-    )
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    return encode_tensors(tensors, subject.describe())
 
 
 def load(path: Path, subject: Subject) -> Opened:

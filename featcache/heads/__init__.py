@@ -19,7 +19,7 @@ from featcache.heads.parameters import did_you_mean, require_known
 if TYPE_CHECKING:
     from featcache.heads.base import Head
 
-SKLEARN = "sklearn:"  # prefix of the heads that are any scikit-learn classifier
+SKLEARN = "sklearn:"  # prefix of the heads that are classifiers of scikit-learn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +178,7 @@ HEADS: Mapping[str, HeadKind] = {
             name="sklearn",
             module="featcache.heads.estimators",
             class_name="EstimatorHead",
-            summary="any scikit-learn classifier, as sklearn:CLASSNAME, with the parameters you give it",
+            summary="a classifier of scikit-learn, as sklearn:CLASSNAME, with the parameters you give it",
             arrays={"skops": ("N",)},
             seeded=True,
         ),
