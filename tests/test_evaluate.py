@@ -137,6 +137,31 @@ def test_the_best_inside_a_grid_gets_a_value_beside_it() -> None:
     assert {first, second} == {below, above}
 
 
+@pytest.mark.parametrize(
+    ("told", "best", "tried"),
+    [
+        ((0.4, 0.6, 0.9, 0.5, 0.3), 1e-2, {1e-4, 1e-3, 10**-2.5, 1e-2, 10**-1.5, 1e-1}),
+        ((0.5, 0.4, 0.6, 0.9, 0.7), 1e-1, {1e-4, 1e-3, 1e-2, 10**-1.5, 1e-1, 10**-0.5, 1.0}),
+    ],
+    ids=["a valley", "a rise before the valley"],
+)
+def test_a_search_ends_where_it_rises_after_a_fall(
+    told: Any, best: float, tried: set[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """told: the probability of the right class at each decade, as heavy tails of the features can have it."""
+
+    def tables(self: Any, candidates: Any) -> Any:
+        for values in candidates:
+            p = np.interp(np.log10(values["C"]), np.arange(-4, 1), told)
+            yield np.log(2 * p / (1 - p)) * np.eye(3)[self.rows.y]
+
+    monkeypatch.setattr(_Search, "_tables", tables)
+    found = choose("logistic", {"temperature": 1.0})
+    on_grid = [c for c in found.candidates if c.values["C"] in HEADS["logistic"].grid["C"]]
+    assert min(on_grid, key=lambda c: c.nll).values["C"] == best
+    assert {c.values["C"] for c in on_grid} == tried
+
+
 def test_a_grid_does_not_grow_where_all_is_flat() -> None:
     import dataclasses
 

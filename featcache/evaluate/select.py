@@ -212,7 +212,7 @@ class _Search:
         return self.best()
 
     def _descend(self, values: Sequence[float]) -> None:
-        """Score values a decade apart, up to one that is surely worse than a lower one, and what is missing
+        """Score values a decade apart, up to one that is surely worse than the best, and what is missing
         beside the best: what is left out lies higher on the sides of a valley."""
         (parameter,) = self.searched
         ratio = values[1] / values[0] if len(values) > 1 else DECADE
@@ -305,7 +305,10 @@ class _Search:
                     break
 
     def _is_surely_worse(self, predictions: OutOfFold) -> bool:
-        """Than the best so far, on the same rows."""
+        """Than the best so far, on the same rows. Nothing is while the best is the lowest value: where rows
+        differ much in length, the log-loss can rise before it falls."""
+        if self.best() is self.scored()[0]:
+            return False
         (best,) = self.kept.values()
         above = predictions.weights * (predictions.losses - best.losses)
         return bool(above.mean() > SURELY * above.std() / math.sqrt(len(above)))

@@ -96,8 +96,10 @@ class GramCurvature:
     def look(self, weights: NDArray[np.float64], bias: NDArray[np.float64]) -> None:
         p = softmax(self.sample @ weights.T.astype(np.float32) + bias.astype(np.float32), axis=1)  # (S, K)
         mean = p.mean(axis=0, dtype=np.float64)
-        spread, self.axes = np.linalg.eigh(np.diag(mean) - (p.T @ p).astype(np.float64) / len(p))
-        self.spread = np.maximum(spread, LEAST_SPREAD * spread[-1]) / spread.sum()
+        spread, axes = np.linalg.eigh(np.diag(mean) - (p.T @ p).astype(np.float64) / len(p))
+        if spread.sum() > 0:  # where all rows are sure it may be rounding
+            self.axes = axes
+            self.spread = np.maximum(spread, LEAST_SPREAD * spread[-1]) / spread.sum()
         p *= 1 - p
         p += np.finfo(np.float32).eps
         of_row = p.sum(axis=1, dtype=np.float64)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from featcache.heads.device import ON_PROCESSORS, Products
 from featcache.heads.pieces import Cut, Piece
-from featcache.heads.standardize import CHUNK_VALUES, Standardizer
+from featcache.heads.standardize import CHUNK_VALUES, Standardizer, of_constant
 from featcache.heads.threads import in_threads
 from featcache.processors import usable_processors
 
@@ -74,13 +74,13 @@ class Moments:
         return same
 
     def standardizer(self) -> Standardizer:
-        """Means and deviations of all rows; a column that is constant has scale 1."""
+        """Means and deviations of all rows; a column that is constant has the scale of `of_constant`."""
         shift = self.sums.sum(axis=(0, 1)) / self.n
         mean = self.centre + shift
         variance = np.maximum(self.squares.sum(axis=0) / self.n - shift * shift, 0.0)
         scale = np.sqrt(variance)
         constant = self.constant | (scale <= 1e-13 * np.abs(mean))
-        return Standardizer(mean=mean, scale=np.where(constant | (scale == 0), 1.0, scale))
+        return Standardizer(mean=mean, scale=np.where(constant | (scale == 0), of_constant(mean), scale))
 
     def standardised_gram(self, standardizer: Standardizer) -> NDArray[np.float64]:
         """Z^T Z of all rows, weighted and about their weighted mean, (D, D)."""

@@ -19,7 +19,8 @@ FLOAT64_VALUES = 1_000_000  # up to this size rotated features stay in float64; 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Standardizer:
-    """Column means and deviations, float64 ndarrays of shape (n_features,); constant columns have scale 1."""
+    """Column means and deviations, float64 ndarrays of shape (n_features,); constant columns have
+    that of `of_constant`."""
 
     mean: NDArray[np.float64]
     scale: NDArray[np.float64]
@@ -33,7 +34,7 @@ class Standardizer:
         scale = np.sqrt(variance)
         # Rounding leaves a constant column a deviation of some eps * mean.
         constant = scale <= 1e-13 * np.abs(mean)
-        return cls(mean=np.asarray(mean), scale=np.where(constant | (scale == 0), 1.0, scale))
+        return cls(mean=np.asarray(mean), scale=np.where(constant | (scale == 0), of_constant(mean), scale))
 
     def apply(self, X: NDArray[Any]) -> NDArray[np.float64]:
         """The standardised rows, float64."""
@@ -76,6 +77,11 @@ class Rotation:
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Weights (n_classes, rank) and bias on `rows`, as they act on raw features."""
         return self.standardizer.fold(weights @ self.basis.T, bias)
+
+
+def of_constant(mean: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The scale of constant columns: 1, or as large as they are, which leaves no rounding of a huge mean."""
+    return np.maximum(1.0, np.abs(mean))
 
 
 def rotate(X: NDArray[Any], *, keep_float64: bool = False) -> Rotation:
