@@ -14,12 +14,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from featcache.backbones import Backbone, load_backbone, make_backbone
 from featcache.backbones.backbone import freeze
+from featcache.backbones.nodes import make_extractor
 from featcache.engines import Engine, make_engine
 from featcache.engines.agreement import compare_engines
+from featcache.engines.pixels import PixelsToVectors
 from featcache.engines.torch_compiled import TorchCompiled, _lay_out_inputs_of_layers, _quiet, make
 from featcache.engines.torch_eager import TorchEager
 from featcache.errors import DeviceError
@@ -210,6 +213,16 @@ def operations_in(graph: Any, images: Tensor) -> set[str]:
     with torch.no_grad():
         traced = make_fx(graph)(images)
     return {getattr(node.target, "__name__", "").split(".")[0] for node in traced.graph.nodes}
+
+
+@pytest.mark.parametrize("nodes", [NODES, ("norm:max", "norm", "penultimate")])
+def test_no_part_of_what_is_compiled_passes_for_a_graph(nodes: tuple[str, ...]) -> None:
+    """torch 2.11, told to log all, prints the code of every part that has a `graph`."""
+    backbone = small()
+    network = PixelsToVectors(make_extractor(backbone, nodes), backbone.preprocessing, torch.device("cpu"))
+    captured: Any = torch.export.export(network, (torch.from_numpy(pixels(1)),), strict=False).module()
+    parts = {name: part for name, part in captured.named_modules() if name and hasattr(part, "graph")}
+    assert not [name for name, part in parts.items() if not isinstance(part, GraphModule)]
 
 
 def test_a_network_that_is_no_graph_is_one_line(engine: TorchCompiled) -> None:

@@ -9,6 +9,7 @@ import re
 import resource
 import shutil
 import threading
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from safetensors.numpy import load_file
 from safetensors.torch import save
 from test_predict import TOY, paint
 from torch import nn
+from torch.torch_version import TorchVersion
 from torchvision import models
 from torchvision.models import ResNet18_Weights
 
@@ -97,14 +99,16 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same of a small network of torchvision's with random weights."""
-    folder = tmp_path_factory.mktemp("small")
-    photos = photos_in(folder, 9)
-    embed(photos, folder / "s.h5", backbone=SMALL, weights="random", decoder="exact")
+def make_small(folder: Path) -> Path:
+    """The folder with photos/, s.h5 of a small network of torchvision's with random weights, and m.model."""
+    embed(photos_in(folder, 9), folder / "s.h5", backbone=SMALL, weights="random", decoder="exact")
     fit(folder / "s.h5", folder / "m.model", head="ncm", curve=False)
     return folder
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_small(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +172,15 @@ def follow(card: str, folder: Path, image: Path, monkeypatch: pytest.MonkeyPatch
 
 
 HEADS = ("logistic", "ridge", "lda", "knn", "ncm", "linear", "mlp")
-GRAPHS = [(to, head) for to in ("onnx", "torch") for head in HEADS]
+# Written from torch 2.9 on.
+NOT_BEFORE_2_9 = pytest.mark.skipif(
+    TorchVersion(torch.__version__) < (2, 9), reason="its programs hold pickles"
+)
+PROGRAM = pytest.param("torch", marks=NOT_BEFORE_2_9)
+GRAPHS = [
+    *(("onnx", head) for head in HEADS),
+    *(pytest.param("torch", head, marks=NOT_BEFORE_2_9) for head in HEADS),
+]
 ESTIMATORS = (
     "RandomForestClassifier",
     "ExtraTreesClassifier",
@@ -238,7 +250,7 @@ def tuned(small: Path) -> Path:
     return small / "m2.model"
 
 
-@pytest.mark.parametrize("to", ["torchvision", "onnx", "torch", "safetensors"])
+@pytest.mark.parametrize("to", ["torchvision", "onnx", PROGRAM, "safetensors"])
 def test_a_fine_tuned_network_is_exported_with_its_own_weights(
     tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
 ) -> None:
@@ -341,7 +353,7 @@ def test_every_kind_of_last_layer_is_replaced(
     )
 
 
-@pytest.mark.parametrize("to", ["onnx", "torch"])
+@pytest.mark.parametrize("to", ["onnx", PROGRAM])
 def test_floats_from_0_to_1_are_taken_on_request(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
 ) -> None:
@@ -370,6 +382,7 @@ def test_a_graph_says_what_it_is_and_takes_any_number_of_images(toy: Path, tmp_p
     np.testing.assert_allclose(alone[0], found[3], atol=1e-6)
 
 
+@NOT_BEFORE_2_9
 def test_no_file_holds_a_pickle(toy: Path, tmp_path: Path) -> None:
     export(toy / "m.model", tmp_path / "m.pt2", to="torch", backbone=TOY)
     with zipfile.ZipFile(tmp_path / "m.pt2") as archive:
@@ -377,6 +390,33 @@ def test_no_file_holds_a_pickle(toy: Path, tmp_path: Path) -> None:
     assert any(name.endswith("description.json") for name in parts)
     # A pickle of protocol 2 or later begins with 0x80; torch's are zip files with one inside.
     assert not [name for name, data in parts.items() if data.startswith((b"\x80", b"PK"))]
+
+
+@pytest.mark.parametrize("version", ["2.6.0", "2.8.0+cu126"])
+def test_a_torch_that_writes_pickles_is_refused(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    with pytest.raises(
+        ExportError, match=r"^torch 2\.[68].* install torch 2\.9 or later, or export --to onnx or"
+    ):
+        export(toy / "m.model", tmp_path / "m.pt2", to="torch", backbone=TOY)
+    assert not list(tmp_path.iterdir())
+
+
+@NOT_BEFORE_2_9
+def test_what_torch_warns_of_in_its_own_files_is_not_repeated(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    load = torch.export.load
+
+    def warn(path: Path) -> Any:
+        warnings.warn("the given buffer is not writable", UserWarning, stacklevel=2)
+        return load(path)
+
+    monkeypatch.setattr(torch.export, "load", warn)
+    export(toy / "m.model", tmp_path / "m.pt2", to="torch", backbone=TOY)
+    assert not recwarn.list
 
 
 def test_a_safetensors_file_describes_a_head_of_any_kind(toy: Path, tmp_path: Path) -> None:
@@ -545,7 +585,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-@pytest.mark.parametrize("to", ["onnx", "torch"])
+@pytest.mark.parametrize("to", ["onnx", PROGRAM])
 def test_a_disagreement_leaves_what_was_there(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
 ) -> None:
@@ -744,8 +784,9 @@ def test_a_file_replaces_only_an_export_with_its_card(toy: Path, tmp_path: Path)
 
 
 def test_options_of_models_are_not_for_features(toy: Path, tmp_path: Path) -> None:
-    said = refused(toy / "s.h5", tmp_path / "x.npz", to="features", images=[toy / "photos"])
-    assert "leave --images, --weights and --backbone away" in said
+    for option in ({"images": [toy / "photos"]}, {"pixels": "uint8"}):
+        said = refused(toy / "s.h5", tmp_path / "x.npz", to="features", **option)
+        assert "leave --input, --images, --weights and --backbone away" in said
 
 
 def test_what_has_no_name_is_no_model() -> None:

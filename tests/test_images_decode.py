@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import get_args
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image, ImageFile, ImageOps
 from torchvision.transforms import InterpolationMode
@@ -382,7 +383,16 @@ def test_grey_and_palette_become_rgb(tmp_path: Path, mode: str) -> None:
     assert np.array_equal(_pixels(tmp_path, image), np.asarray(image.convert("RGB")))
 
 
-@pytest.mark.parametrize("mode", ["CMYK", "YCbCr"])
+BEFORE_13 = int(PIL.__version__.split(".")[0]) < 13  # Pillow's releases that cannot read their own YCbCr
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "CMYK",
+        pytest.param("YCbCr", marks=pytest.mark.skipif(BEFORE_13, reason="written as a damaged TIFF")),
+    ],
+)
 def test_other_colour_spaces_are_converted(tmp_path: Path, mode: str) -> None:
     image = _noise(8, 8).convert(mode)
     pixels = _pixels(tmp_path, image, "TIFF")

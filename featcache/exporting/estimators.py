@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -63,16 +64,29 @@ def _standardize(graph: Any, scaler: Any) -> None:
     """The scaler's own two steps in its own precision: trees compare what comes out to the last digit."""
     from onnx import TensorProto, helper, numpy_helper
 
-    for name, values in (("mean", scaler.mean_), ("scale", scaler.scale_)):
-        graph.initializer.append(numpy_helper.from_array(np.asarray(values, dtype=np.float32), name))
-    graph.node.extend(
-        [
-            helper.make_node("Sub", [FEATURES, "mean"], ["centred"]),
-            helper.make_node("Div", ["centred", "scale"], [_SCALED]),
-        ]
+    precision = _precision_of_scaler()
+    computed = helper.np_dtype_to_tensor_dtype(np.dtype(precision))
+    steps = (
+        ("Sub", "mean", scaler.mean_, FEATURES, "centred"),
+        ("Div", "scale", scaler.scale_, "centred", _SCALED),
     )
+    for operation, name, values, taken, given in steps:
+        graph.initializer.append(numpy_helper.from_array(np.asarray(values, dtype=precision), name))
+        graph.node.extend(
+            [
+                helper.make_node("Cast", [taken], [f"{given}.from"], to=computed),
+                helper.make_node(operation, [f"{given}.from", name], [f"{given}.exact"]),
+                helper.make_node("Cast", [f"{given}.exact"], [given], to=TensorProto.FLOAT),
+            ]
+        )
     shape: list[str | int | None] = ["batch", len(scaler.mean_)]
     graph.output.append(helper.make_tensor_value_info(_SCALED, TensorProto.FLOAT, shape))
+
+
+def _precision_of_scaler() -> type[np.float32 | np.float64]:
+    """What the scaler computes each step on float32 in: float64 before scikit-learn 1.8, rounded after it."""
+    major, minor = version("scikit-learn").split(".")[:2]
+    return np.float32 if (int(major), int(minor)) >= (1, 8) else np.float64
 
 
 def _converted(subject: Subject) -> Any:

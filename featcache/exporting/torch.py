@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.torch_version import TorchVersion
 
 from featcache.engines.pixels import CAPTURE_ERRORS, reason
 from featcache.errors import ExportError
@@ -22,6 +24,7 @@ from featcache.exporting.recipes import fill_from_pixels
 from featcache.exporting.subject import PIXELS, Subject
 
 _DESCRIPTION = "description.json"
+_FIRST_WITHOUT_PICKLES = "2.9"  # torch's release; those before it pickle the weights
 
 _GIVEN = {
     "uint8": 'torch.from_numpy(prepare("image.jpg").copy())[None]',
@@ -49,8 +52,9 @@ probability, label = float(probabilities.max()), classes[int(probabilities.argma
 
 
 def encode(subject: Subject) -> bytes:
-    """The program, without the images it was traced with, which older versions of torch pickle."""
+    """The program, without the images it was traced with, which torch would pickle."""
     module = PixelsToAnswers(subject, head_module(subject, wanted_by="a torch program")).eval()
+    _require_raw_weights(torch.__version__)
     batch = torch.export.Dim("batch", min=1)
     about = {**subject.describe(), "input": PIXELS[subject.pixels]}
     try:
@@ -62,14 +66,27 @@ def encode(subject: Subject) -> bytes:
             "export it --to onnx or safetensors."
         ) from error
     program.example_inputs = None
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # which names files of this machine
     archive = io.BytesIO()
     torch.export.save(program, archive, extra_files={_DESCRIPTION: json.dumps(about)})
     return archive.getvalue()
 
 
+def _require_raw_weights(version: str) -> None:
+    """ExportError where this version of torch would write pickles, which no file of featcache holds."""
+    if TorchVersion(version) < _FIRST_WITHOUT_PICKLES:
+        raise ExportError(
+            f"torch {version} pickles the weights of its programs, and featcache writes no pickles: "
+            f"install torch {_FIRST_WITHOUT_PICKLES} or later, or export --to onnx or safetensors."
+        )
+
+
 def load(path: Path, subject: Subject) -> Opened:
     """`torch.export.load`."""
-    program = torch.export.load(path).module()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.11 warns of how it reads its own files
+        program = torch.export.load(path).module()
 
     def answers(pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
         with torch.inference_mode():
