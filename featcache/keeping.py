@@ -49,17 +49,19 @@ def require_kept(
     listing: Listing, plan: ReusePlan, caches: Iterable[CachedRows], *, data: str | Path
 ) -> None:
     """DataError where half of the rows with features of a store among `caches`, or more, are of images that
-    are not in `data`.
+    are not in `data`; or any, where `data` has no splits and the store had: it is one of its parts.
 
     An image that is known under another path, or there with other bytes, is not gone.
     """
+    one_part = bool(plan.lost_splits) and not any(found.split for found in listing.records)
     for cache in caches:
         lost, rows = _count_lost(cache, listing, plan)
-        if lost and lost >= TOO_MANY_REMOVED * rows:
+        if lost and (one_part or lost >= TOO_MANY_REMOVED * rows):
+            others = ", and the others would lose their splits" if one_part else ""
             raise DataError(
                 f"{lost:,} of the {plural(rows, 'row')} with features in {show_path(cache.store.path)} "
-                f"are of images that are not in {show_path(data)}, and would be removed. Choose another "
-                "--output for another data set, or pass --prune to remove them."
+                f"are of images that are not in {show_path(data)}, and would be removed{others}. Choose "
+                "another --output for another data set, or pass --prune to remove them."
             )
 
 

@@ -12,6 +12,7 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from featcache.disk import open_regular
 from featcache.errors import DataError, DiskError, ModelError, StoreError
@@ -58,7 +59,7 @@ def require_csv(path: Path, header: str, *, option: str, needed: Mapping[str, Pa
     """
     require_replaceable(path, option=option, needed=needed)
     if _has_content(path) and not _begins_with(path, header.encode()):
-        raise _taken(path, f"no CSV of featcache's, which begins with {header.rstrip()}", option=option)
+        raise _taken(path, f"no CSV of this command's, which begins with {header.rstrip()}", option=option)
 
 
 def require_own(path: Path, is_ours: Callable[[Path], bool], *, what: str, option: str) -> None:
@@ -107,6 +108,12 @@ def _require_place(path: Path, *, option: str) -> None:
             f"{show_path(path)} cannot be written: there is no folder {show_path(path.parent)}. "
             f"Make the folder, or choose another {option}."
         )
+    try:
+        TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise DiskError(
+            f"{show_path(path)} cannot be written: {error.strerror}. Choose another {option}."
+        ) from error
 
 
 def _has_content(path: Path) -> bool:

@@ -112,6 +112,12 @@ class FeatureSpec:
     views_seed: int = 0
     augmentation: str = ""
 
+    def find_node(self, name: str) -> str:
+        """The key of the node that alone has this name, as `layer3:avg` for `layer3`; else the name."""
+        keys = [node.key for node in self.nodes]
+        pooled = [node.key for node in self.nodes if node.name == name]
+        return pooled[0] if name not in keys and len(pooled) == 1 else name
+
     def __post_init__(self) -> None:
         for name, least in (("views", 1), ("views_seed", 0)):
             value = getattr(self, name)

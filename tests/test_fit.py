@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
 import os
@@ -12,9 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
+from conftest import toy_spec
 from gaussians import gaussian_features, take, write_store
 from safetensors.numpy import save as save_arrays
 
+from featcache.cli import main
 from featcache.commands import fit as fit_module
 from featcache.commands.fit import fit
 from featcache.errors import (
@@ -32,6 +36,7 @@ from featcache.fitting.rows import take_rows
 from featcache.heads import HEADS
 from featcache.heads.parameters import parse_params
 from featcache.model import Model
+from featcache.spec import FeatureNode
 from featcache.store.features import FeatureSet
 from featcache.store.reader import FeatureStore
 
@@ -228,6 +233,38 @@ def test_the_seed_reaches_the_heads_that_draw(head: str) -> None:
     params = {"linear": {"epochs": 1, "weight_decay": 0.1}}.get(head, QUICK.get(head))
     first, second = (run(features, head, params=params, seed=seed)[1] for seed in (0, 1))
     assert (first.predict_proba(features.X) != second.predict_proba(features.X)).any()
+
+
+def test_a_folder_that_nothing_can_be_written_to_is_told_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*, dir: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    store = write_store(tmp_path / "s.h5", gaussian_features())
+    monkeypatch.setattr("featcache.outputs.TemporaryFile", read_only)
+    monkeypatch.setattr("featcache.commands.fit.fit_features", None)
+    with pytest.raises(
+        DiskError, match=r"x\.model cannot be written: Read-only file system\. Choose"
+    ):
+        fit(store, tmp_path / "x.model")
+
+
+def test_a_node_is_found_by_its_name_where_it_is_pooled_in_one_way() -> None:
+    spec = toy_spec()
+    assert [spec.find_node(name) for name in ("stem", "stem:max", "penultimate", "layer9")] == [
+        "stem:max", "stem:max", "penultimate", "layer9",
+    ]  # fmt: skip
+    twice = toy_spec(nodes=(*spec.nodes, FeatureNode(name="stem", pooling="avg", num_features=2)))
+    assert twice.find_node("stem") == "stem"
+
+
+def test_a_parameter_given_twice_is_refused(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "s.h5", gaussian_features())
+    command = ["fit", str(store), "--head", "ridge", "--param", "alpha=1", "--param", "alpha=2"]
+    refused = CliRunner().invoke(main, command)
+    assert refused.exit_code == 2
+    assert "alpha is given more than once" in refused.stderr
 
 
 @pytest.mark.parametrize(("head", "gap"), [("logistic", 60.0), ("ridge", 0.0)])

@@ -112,6 +112,21 @@ def test_a_part_of_the_data_set_is_refused_by_what_it_lacks(photos: Path, store:
         embed_it(photos / "c1", store)
 
 
+def test_one_split_of_a_data_set_is_refused_however_large(
+    save_images: Callable[..., Path], tmp_path: Path
+) -> None:
+    data = save_images(ROWS, lambda i: f"{'val' if i < 3 else 'train'}/c{i % 2}/{i:02d}.png")
+    store = tmp_path / "s.h5"
+    embed_it(data, store)
+    with pytest.raises(DataError, match=f"3 of the 12 {REFUSED}") as refused:
+        embed_it(data / "train", store)
+    assert "would lose their splits" in str(refused.value)
+    assert FeatureStore.open(store).features().splits is not None
+    shutil.rmtree(data / "val")
+    assert embed_it(data, store).removed == 3  # the others are in train as before
+    assert embed_it(data / "train", store).removed == 0  # nothing but splits is lost, which is said
+
+
 def test_a_moved_renamed_or_edited_data_set_loses_nothing(
     photos: Path, store: Path, save_image: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,9 @@ def fit(store: Path, *, as_json: bool, quiet: bool, params: tuple[str, ...], **o
     pairs = [param.partition("=") for param in params]
     if wrong := [key for key, equals, _ in pairs if not equals]:
         raise click.BadParameter(f"{wrong[0]!r} is not KEY=VALUE.", param_hint="--param")
+    given = Counter(key for key, _, _ in pairs)
+    if twice := [key for key, times in given.items() if times > 1]:
+        raise click.BadParameter(f"{twice[0]} is given more than once.", param_hint="--param")
     result = run(
         store, params={key: value for key, _, value in pairs}, progress=make_progress(quiet=quiet), **options
     )

@@ -232,16 +232,22 @@ class _Fitted:
 def _sets_of(store: FeatureStore, sets: Sequence[str]) -> dict[tuple[str, ...], str]:
     """The sets of nodes that the store has, with their text; its first node where it has none of them."""
     there = tuple(node.key for node in store.spec.nodes)
-    asked = [(there if text == ALL_NODES else tuple(dict.fromkeys(text.split("+"))), text) for text in sets]
+    asked = [(there if text == ALL_NODES else _keys(store, text), text) for text in sets]
     # Once each, in whatever order its nodes are named.
     once = {frozenset(keys): (keys, text) for keys, text in asked if set(keys) <= set(there)}
     return dict(once.values()) or {there[:1]: there[0]}
 
 
+def _keys(store: FeatureStore, text: str) -> tuple[str, ...]:
+    """Of a set of nodes, joined by +, each once."""
+    return tuple(dict.fromkeys(store.spec.find_node(part) for part in text.split("+")))
+
+
 def _require_known_sets(stores: Sequence[FeatureStore], sets: Sequence[str]) -> None:
-    there = [{node.key for node in store.spec.nodes} for store in stores]
     for text in sets:
-        if text != ALL_NODES and not any(set(text.split("+")) <= keys for keys in there):
+        if text != ALL_NODES and not any(
+            set(_keys(store, text)) <= {node.key for node in store.spec.nodes} for store in stores
+        ):
             known = ", ".join(dict.fromkeys(node.key for store in stores for node in store.spec.nodes))
             raise StoreError(f"no store has {text!r}; there are {known}, joined by +, and {ALL_NODES}.")
 

@@ -76,6 +76,7 @@ def _named(store: FeatureStore, node: str | Sequence[str] | None) -> tuple[str, 
     """Each once; the first of the store where none is named."""
     there = [one.key for one in store.spec.nodes]
     wanted = ([node] if isinstance(node, str) else list(node or ())) or there[:1]
+    wanted = [store.spec.find_node(key) for key in wanted]
     for key in wanted:
         if key not in there:
             parts = key.split("+")
