@@ -330,7 +330,8 @@ def test_a_csv_replaces_only_a_table_of_before(work: Work, tmp_path: Path) -> No
     for taken in (photo, tmp_path / "m.model.json", tmp_path / "labels.csv"):
         before = taken.read_bytes()
         with pytest.raises(
-            DataError, match=r"is no CSV of this command's, which begins with path,label,predicted.*be replaced"
+            DataError,
+            match=r"is no CSV of this command's, which begins with path,label,predicted.*be replaced",
         ):
             ask(work, work.store, csv_file=taken)
         assert taken.read_bytes() == before

@@ -244,9 +244,7 @@ def test_a_folder_that_nothing_can_be_written_to_is_told_before_any_work(
     store = write_store(tmp_path / "s.h5", gaussian_features())
     monkeypatch.setattr("featcache.outputs.TemporaryFile", read_only)
     monkeypatch.setattr("featcache.commands.fit.fit_features", None)
-    with pytest.raises(
-        DiskError, match=r"x\.model cannot be written: Read-only file system\. Choose"
-    ):
+    with pytest.raises(DiskError, match=r"x\.model cannot be written: Read-only file system\. Choose"):
         fit(store, tmp_path / "x.model")
 
 
