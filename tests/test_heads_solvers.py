@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from featcache.heads.ridge import RidgeHead
 from featcache.heads.standardize import Standardizer
 from featcache.heads.threads import one_blas_thread
 from featcache.heads.widen import centre_rows, finite, widen
+from featcache.progress import TerminalProgress
 
 MANY, FEW = (240, 9, 3), (60, 90, 4)  # more rows than features, and fewer
 
@@ -219,6 +221,16 @@ def test_strengths_that_cannot_win_are_left_out(gap: float) -> None:
     assert found.best is not None
     assert whole.best is not None
     assert found.best.nll == pytest.approx(whole.best.nll, rel=1e-3)
+
+
+def test_the_bar_of_a_search_that_leaves_some_out_ends_full() -> None:
+    X, y = blobs(600, 40, 3, gap=0.15)
+    rows = TrainingRows(X=X, y=y, folds=Folds(fold=folds_of(len(y)), n_folds=3))
+    kind = replace(HEADS["logistic"], grid={"C": tuple((10.0 ** np.arange(-4, 2.1, 0.5)).tolist())})
+    screen = StringIO()
+    found = select("logistic", kind, {}, rows=rows, seed=0, progress=TerminalProgress(screen))
+    assert max(candidate.values["C"] for candidate in found.candidates) < 100
+    assert "7/7 candidates" in screen.getvalue().split("\r")[-1]
 
 
 @pytest.mark.parametrize("shape", [MANY, FEW])

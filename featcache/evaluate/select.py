@@ -296,12 +296,14 @@ class _Search:
         until_sure: only as far as to the first that is surely worse than the best so far.
         """
         with self._one_line():
-            for values, table in zip(candidates, self._tables(candidates), strict=True):
+            told = zip(candidates, self._tables(candidates), strict=True)
+            for done, (values, table) in enumerate(told, start=1):
                 candidate, predictions = self._judge(values, table)
                 self.found[_key(values)] = candidate
                 if self.best() is candidate:
                     self.kept = {_key(values): predictions}
                 elif until_sure and self._is_surely_worse(predictions):
+                    self.progress.advance(len(candidates) - done)  # those that cannot win are settled, too
                     break
 
     def _is_surely_worse(self, predictions: OutOfFold) -> bool:
@@ -322,14 +324,11 @@ class _Search:
         # A bar of one step says nothing, and a grid that grows would leave one for every step.
         progress = self.progress if len(candidates) > 1 and not self.found else SilentProgress()
         progress.start(f"{what} {self.name}", total=len(candidates), unit="candidates")
-        left = len(candidates)
         try:
             for table in self.path.scores(candidates):
                 progress.advance(1)
-                left -= 1
                 yield table
         finally:
-            progress.advance(left)  # those that cannot win are settled, too
             progress.finish()
 
     def _fold_by_fold(self, candidates: Sequence[Mapping[str, Any]], label: str) -> NDArray[np.float64]:
